@@ -1,0 +1,34 @@
+# make train: set up everything and run the main job.   make test: set up and pass the tests.
+
+PYTHON ?= $(or $(shell for v in 3.13 3.12 3.11; do python$$v -c '' 2>/dev/null && echo python$$v && break; done),python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+RECIPE ?= configs/quickstart.yaml
+
+.PHONY: install train test lint clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %s" % sys.version)'
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+		VIRTUAL_ENV=$(VENV) uv pip install --requirement requirements.txt --editable . ; \
+	else \
+		$(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install --requirement requirements.txt --editable . ; \
+	fi
+	@touch $@
+
+train: install
+	$(BIN)/accelerate launch train.py $(RECIPE)
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs *.egg-info
