@@ -1,0 +1,1 @@
+"""Fine-tune audio classifiers with Hugging Face and let dendrites grow in them."""

@@ -1,0 +1,185 @@
+"""What `load_waveform` reads, how exactly, and what it refuses."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+
+from audio_dendrites.audio import BadClip, load_waveform
+
+PITCH, LEVEL = 1000.0, 0.25
+FORMATS = {  # kind of file → a rate it allows
+    ("WAV", "PCM_U8"): 44100,
+    ("WAV", "PCM_16"): 44100,
+    ("WAV", "PCM_24"): 44100,
+    ("WAV", "PCM_32"): 44100,
+    ("WAV", "FLOAT"): 44100,
+    ("WAV", "DOUBLE"): 44100,
+    ("WAV", "ULAW"): 44100,
+    ("WAV", "ALAW"): 44100,
+    ("WAV", "IMA_ADPCM"): 44100,
+    ("WAV", "MS_ADPCM"): 44100,
+    ("WAV", "GSM610"): 44100,
+    ("WAVEX", "PCM_24"): 44100,
+    ("AIFF", "PCM_16"): 44100,
+    ("FLAC", "PCM_S8"): 44100,
+    ("FLAC", "PCM_16"): 44100,
+    ("FLAC", "PCM_24"): 44100,
+    ("OGG", "VORBIS"): 44100,
+    ("OGG", "OPUS"): 48000,
+    ("MP3", "MPEG_LAYER_III"): 44100,
+}
+
+
+def tone(rate: int, pitch: float = PITCH, seconds: float = 0.5) -> np.ndarray:
+    """Sine of amplitude LEVEL, (samples,), float32."""
+    return (LEVEL * np.sin(2 * np.pi * pitch * np.arange(int(rate * seconds)) / rate)).astype(np.float32)
+
+
+def encode(samples: np.ndarray, rate: int, file_format: str = "WAV", subtype: str | None = None) -> bytes:
+    """A sound file with these samples."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=file_format, subtype=subtype)
+    return file.getvalue()
+
+
+def load(content: bytes, **options) -> np.ndarray:
+    """`load_waveform` of a file in memory."""
+    return load_waveform({"bytes": content, "path": None}, **options)
+
+
+def middle(waveform: np.ndarray) -> np.ndarray:
+    """Without the ends, where filters and codecs fade in and out."""
+    return waveform[len(waveform) // 8 : -len(waveform) // 8]
+
+
+def amplitude(waveform: np.ndarray) -> float:
+    """Amplitude of a sine of this power."""
+    return float(np.sqrt(2 * np.mean(middle(waveform) ** 2)))
+
+
+def pitch_of(waveform: np.ndarray, rate: int = 16000) -> float:
+    """Frequency in Hz at which the spectrum peaks."""
+    part = middle(waveform)
+    return np.abs(np.fft.rfft(part * np.hanning(len(part)), 2**16)).argmax() * rate / 2**16
+
+
+@pytest.mark.parametrize(("file_format", "subtype"), FORMATS)
+def test_every_format_keeps_pitch_and_level(file_format, subtype):
+    rate = FORMATS[file_format, subtype]
+    waveform = load(encode(tone(rate), rate, file_format, subtype))
+    assert waveform.dtype == np.float32 and waveform.ndim == 1
+    assert pitch_of(waveform) == pytest.approx(PITCH, abs=1)
+    assert amplitude(waveform) == pytest.approx(LEVEL, rel=0.05)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 32000, 44100, 48000, 88200, 96000, 192000])
+def test_every_rate_becomes_the_same_tone_at_the_models_rate(rate):
+    waveform = load(encode(tone(rate), rate, subtype="FLOAT"))
+    assert len(waveform) == pytest.approx(8000, abs=1)
+    np.testing.assert_allclose(waveform[1000:7000], tone(16000)[1000:7000], atol=1e-4)
+
+
+def test_the_models_rate_is_free():
+    waveform = load(encode(tone(44100), 44100), sampling_rate=32000)
+    assert len(waveform) == 16000
+    assert pitch_of(waveform, 32000) == pytest.approx(PITCH, abs=1)
+
+
+def test_samples_at_the_models_rate_are_not_touched():
+    np.testing.assert_array_equal(load(encode(tone(16000), 16000, subtype="FLOAT")), tone(16000))
+
+
+def test_what_lies_above_the_new_nyquist_frequency_is_gone():
+    waveform = load(encode(tone(96000, pitch=20000), 96000, subtype="FLOAT"))
+    assert amplitude(waveform) < 1e-4 * LEVEL
+
+
+@pytest.mark.parametrize("channels", range(1, 9))
+@pytest.mark.parametrize("file_format", ["WAV", "FLAC", "OGG"])
+def test_mono_is_the_mean_over_channels(file_format, channels):
+    gains = np.linspace(0.2, 1.0, channels, dtype=np.float32)
+    waveform = load(encode(tone(16000)[:, None] * gains, 16000, file_format))
+    assert amplitude(waveform) == pytest.approx(LEVEL * gains.mean(), rel=0.05)
+
+
+def test_a_path_is_read_where_there_are_no_bytes(tmp_path):
+    path = tmp_path / "tone.wav"
+    path.write_bytes(encode(tone(16000), 16000, subtype="FLOAT"))
+    np.testing.assert_array_equal(load_waveform({"bytes": None, "path": str(path)}), tone(16000))
+
+
+def test_a_header_that_a_pipe_left_open_is_no_damage():
+    content = bytearray(encode(tone(16000), 16000, subtype="PCM_16"))
+    content[4:8] = content[40:44] = b"\xff\xff\xff\xff"
+    assert len(load(bytes(content))) == 8000
+
+
+def test_a_window_of_25_ms_is_enough():
+    assert len(load(encode(tone(16000, seconds=0.025), 16000))) == 400
+
+
+def noise(shape: int | tuple[int, ...]) -> np.ndarray:
+    """White noise that no codec can shrink, float32."""
+    return (0.1 * np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
+
+
+def with_sample(value: float) -> np.ndarray:
+    """A tone with one sample replaced."""
+    samples = tone(16000)
+    samples[100] = value
+    return samples
+
+
+def overwritten(content: bytes) -> bytes:
+    """A file whose middle was overwritten."""
+    third = len(content) // 3
+    return content[:third] + bytes(third) + content[2 * third :]
+
+
+def without_length(flac: bytes) -> bytes:
+    """A FLAC file whose header leaves the number of samples open."""
+    return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
+
+
+ANTIPHASE = np.stack([tone(16000), -tone(16000)], axis=1)
+BAD_CLIPS = {
+    "empty": (b"", "the file is empty"),
+    "text": (b"<html>404 Not Found</html>" * 9, "cannot decode: Format not recognised"),
+    "header alone": (encode(tone(16000), 16000)[:40], "cannot decode: .*No 'data' chunk"),
+    "no samples": (encode(np.zeros(0), 16000), "holds no samples"),
+    "nan": (encode(with_sample(np.nan), 16000, subtype="FLOAT"), "NaN or infinite"),
+    "infinite": (encode(with_sample(-np.inf), 16000, subtype="FLOAT"), "NaN or infinite"),
+    "zeros": (encode(np.zeros(8000), 16000), "silent, every one of its 8000 samples is 0"),
+    "constant": (encode(np.full(8000, 0.5), 16000), "silent, .* is 0.5"),
+    "silent mp3": (encode(np.zeros(16000), 16000, "MP3"), "silent"),
+    "antiphase": (encode(ANTIPHASE, 16000, subtype="FLOAT"), "silent"),
+    "short": (encode(tone(16000)[:399], 16000), "too short, 399 samples at 16000 Hz, .* takes 400"),
+    "short after resampling": (encode(tone(48000)[:1190], 48000), "too short, 397 samples"),
+    "cut flac": (encode(noise(16000), 16000, "FLAC")[:16000], "cannot decode: .*lost sync"),
+    "overwritten flac": (overwritten(encode(noise(16000), 16000, "FLAC")), "cannot decode"),
+    "open flac": (without_length(encode(noise(16000), 16000, "FLAC")), "declares no possible length"),
+    "cut wav": (encode(noise(16000), 16000)[:16000], "truncated, 15956 of 32000 bytes"),
+    "cut adpcm": (encode(noise(16000), 16000, "WAV", "IMA_ADPCM")[:4000], "truncated"),
+    "cut aiff": (encode(noise(16000), 16000, "AIFF", "PCM_16")[:16000], "truncated"),
+    "cut ogg": (encode(noise(64000), 16000, "OGG")[:20000], "truncated, the Ogg stream has no last page"),
+    "cut mp3": (encode(noise(64000), 16000, "MP3")[:8000], "truncated, .* of 64000 samples"),
+}
+
+
+@pytest.mark.parametrize(("content", "cause"), BAD_CLIPS.values(), ids=BAD_CLIPS)
+def test_a_bad_clip_is_refused_with_its_name_and_cause(content, cause):
+    with pytest.raises(BadClip, match=f"^dog.wav: .*{cause}"):
+        load(content, name="dog.wav")
+
+
+def test_a_missing_file_is_a_bad_clip(tmp_path):
+    path = str(tmp_path / "gone.wav")
+    with pytest.raises(BadClip, match=r"gone.wav: cannot read .*gone.wav: No such file"):
+        load_waveform({"bytes": None, "path": path})
+
+
+def test_a_clip_without_file_is_a_bad_clip():
+    with pytest.raises(BadClip, match="clip: neither bytes nor a path"):
+        load_waveform({"bytes": None, "path": None})
