@@ -1,0 +1,323 @@
+"""Waveforms → log-mel, batched, on any device, equal to `ASTFeatureExtractor`; and its cache on disk."""
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Audio, Features, List, Value
+from datasets.fingerprint import Hasher
+from torch.utils.data import Dataset
+from torchaudio.compliance.kaldi import get_mel_banks
+from transformers import ASTFeatureExtractor, BatchFeature
+
+from audio_dendrites.audio import BadClip, load_waveform, window_samples
+
+# Part of the cache's key. Raise it when the same clip and settings give other numbers than before.
+FEATURES_VERSION = 1
+# The rest of the key: the extractor's settings that change a number.
+_FEATURE_SETTINGS = ("sampling_rate", "num_mel_bins", "do_normalize", "mean", "std")
+
+# Frames computed at once: what a CPU core's second-level cache holds with all intermediate results; and on a
+# GPU, which wants long rows of work, 11 minutes of sound in half a GiB.
+_FRAMES_ON_CPU = 384
+_FRAMES_ON_GPU = 2**16
+
+
+class BatchedASTFeatureExtractor(ASTFeatureExtractor):
+    """`ASTFeatureExtractor`, same settings and same numbers, that computes a batch in one pass on any device.
+
+    It holds nothing but its settings, so that pickles and hashes are stable, and saves itself as the stock
+    extractor: a model published with it loads without this package.
+    """
+
+    @property
+    def padding_level(self) -> float:
+        """What a padded frame holds: the stock extractor pads with 0 first and normalises afterwards."""
+        return (0.0 - self.mean) / (2 * self.std) if self.do_normalize else 0.0
+
+    def stock(self) -> ASTFeatureExtractor:
+        """The plain extractor with the same settings."""
+        settings = self.to_dict()
+        settings.pop("feature_extractor_type")
+        return ASTFeatureExtractor(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings under the name of the stock extractor, which `AutoFeatureExtractor` knows."""
+        return {**super().to_dict(), "feature_extractor_type": ASTFeatureExtractor.__name__}
+
+    def log_mel(
+        self,
+        waveforms: Sequence[np.ndarray],
+        device: str | torch.device = "cpu",
+    ) -> list[torch.Tensor]:
+        """Log-mel filter bank energies at every clip's own length.
+
+        The formula is `torchaudio.compliance.kaldi.fbank(window_type="hanning", num_mel_bins=num_mel_bins)`:
+        25 ms windows every 10 ms, without padding at the ends.
+
+        Args:
+            waveforms: Mono clips of shape (samples,), any lengths from one window up, at `sampling_rate`.
+            device: Where to compute.
+
+        Returns:
+            One tensor (frames, num_mel_bins) a clip, float32 on `device`, normalised by
+            `(x - mean) / (2 * std)` if `do_normalize`. They are slices of one tensor.
+
+        Raises:
+            ValueError: A clip is not one-dimensional or shorter than one window.
+        """
+        window, hop = window_samples(self.sampling_rate), int(self.sampling_rate * 10.0 * 0.001)
+        for waveform in waveforms:
+            if waveform.ndim != 1 or len(waveform) < window:
+                raise ValueError(
+                    f"a clip has the shape {waveform.shape}; wanted: (samples,), at least {window} samples"
+                )
+        if not len(waveforms):
+            return []
+        # With every clip padded to whole hops, the frames of all clips are rows of one strided view without
+        # a copy. The rows that span two clips, or padding, are computed in vain: two or three a clip.
+        hops = [-(-len(waveform) // hop) for waveform in waveforms]
+        signal = np.zeros(sum(hops) * hop + window, dtype=np.float32)
+        starts = np.cumsum([0, *hops[:-1]])
+        for start, waveform in zip(starts, waveforms, strict=True):
+            signal[start * hop : start * hop + len(waveform)] = waveform
+        energies = _log_mel_energies(
+            torch.from_numpy(signal).to(device).unfold(0, window, hop), self.sampling_rate, self.num_mel_bins
+        )
+        if self.do_normalize:
+            energies.sub_(self.mean).div_(self.std * 2)
+        frames = [1 + (len(waveform) - window) // hop for waveform in waveforms]
+        return [energies[start : start + count] for start, count in zip(starts, frames, strict=True)]
+
+    def __call__(
+        self,
+        raw_speech: np.ndarray | list[float] | list[np.ndarray] | list[list[float]],
+        sampling_rate: int | None = None,
+        return_tensors: str | None = None,
+        device: str | torch.device = "cpu",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """The stock extractor's call: one clip or a batch → `input_values`, padded or cut to `max_length`.
+
+        Args:
+            raw_speech: One mono clip or several, at `sampling_rate`.
+            sampling_rate: Rate of the clips in Hz, checked against the extractor's own.
+            return_tensors: "pt" (on `device`), "np", or None for a list of arrays.
+            device: Where to compute.
+            **kwargs: Ignored, as by the stock extractor.
+
+        Returns:
+            `input_values` (batch, max_length, num_mel_bins), float32.
+
+        Raises:
+            ValueError: Another sampling rate than the extractor's, or a clip that `log_mel` refuses.
+        """
+        if sampling_rate not in (None, self.sampling_rate):
+            raise ValueError(f"the clips have {sampling_rate} Hz, the extractor wants {self.sampling_rate}")
+        batched = np.ndim(raw_speech[0]) > 0
+        clips = [np.asarray(clip, dtype=np.float32) for clip in (raw_speech if batched else [raw_speech])]
+        shape = (len(clips), self.max_length, self.num_mel_bins)
+        values = torch.full(shape, self.padding_level, dtype=torch.float32, device=device)
+        for row, energies in zip(values, self.log_mel(clips, device), strict=True):
+            row[: len(energies)] = energies[: self.max_length]
+        if return_tensors == "pt":
+            return BatchFeature({"input_values": values})
+        return BatchFeature({"input_values": list(values.cpu().numpy())}).convert_to_tensors(return_tensors)
+
+
+@lru_cache(maxsize=8)
+def _window_and_mel_bands(
+    sampling_rate: int, num_mel_bins: int, device: torch.device
+) -> tuple[torch.Tensor, list[tuple[slice, slice, torch.Tensor]]]:
+    """Hann window (window,) and Kaldi's mel filters, float32, the filters in bands of 32.
+
+    A filter spans few of the spectrum's bins, so a band is multiplied with its own bins alone: a quarter of
+    the arithmetic. All this is kept here, not in the extractor, whose pickle is a key of caches.
+
+    Returns:
+        The window, and for every band its filters' columns, its bins, and the weights (bins, filters).
+    """
+    window = window_samples(sampling_rate)
+    # Kaldi's defaults: from 20 Hz to the Nyquist frequency; no vocal tract length warping.
+    filters, _ = get_mel_banks(num_mel_bins, _fft_size(window), sampling_rate, 20.0, 0.0, 100.0, -500.0, 1.0)
+    bands = []
+    for first, band in zip(range(0, num_mel_bins, 32), filters.split(32), strict=True):
+        used = band.any(0).nonzero().flatten().tolist() or [0]
+        bins = slice(used[0], used[-1] + 1)
+        bands.append((slice(first, first + len(band)), bins, band[:, bins].T.contiguous().to(device)))
+    return torch.hann_window(window, periodic=False, device=device), bands
+
+
+def _fft_size(window: int) -> int:
+    """The power of two that holds a window of so many samples."""
+    return 1 << (window - 1).bit_length()
+
+
+def _log_mel_energies(frames: torch.Tensor, sampling_rate: int, num_mel_bins: int) -> torch.Tensor:
+    """Kaldi's filter bank for rows of samples.
+
+    Up to the spectrum every step rounds as in `torchaudio.compliance.kaldi.fbank`: a pure tone lies 100 dB
+    above the rounding errors of its spectrum, and these errors are the log-mel values of the silent bands.
+
+    Args:
+        frames: (frames, window), float32; may be a view with overlapping rows.
+        sampling_rate: In Hz.
+        num_mel_bins: Number of filters.
+
+    Returns:
+        Natural log of the energies, floored at float32's epsilon, (frames, num_mel_bins), float32.
+    """
+    window, bands = _window_and_mel_bands(sampling_rate, num_mel_bins, frames.device)
+    at_once = _FRAMES_ON_CPU if frames.device.type == "cpu" else _FRAMES_ON_GPU
+    energies = frames.new_empty(len(frames), num_mel_bins)
+    padded = frames.new_zeros(min(at_once, len(frames)), _fft_size(len(window)))
+    for rows, out in zip(frames.split(at_once), energies.split(at_once), strict=True):
+        centred = rows - rows.mean(1, keepdim=True)
+        emphasised = padded[: len(rows), : len(window)]
+        torch.mul(centred[:, :-1], 0.97, out=emphasised[:, 1:])
+        torch.mul(centred[:, :1], 0.97, out=emphasised[:, :1])
+        torch.sub(centred, emphasised, out=emphasised)
+        emphasised *= window
+        parts = torch.view_as_real(torch.fft.rfft(padded[: len(rows)]))
+        parts *= parts  # |z|² without the square root that `abs` takes only for `pow` to undo it
+        power = parts[..., 0] + parts[..., 1]
+        for filters, bins, weights in bands:
+            torch.mm(power[:, bins], weights, out=out[:, filters])
+    return energies.clamp_(min=torch.finfo(torch.float32).eps).log_()
+
+
+def extract_features(
+    clips: datasets.Dataset,
+    extractor: BatchedASTFeatureExtractor,
+    audio_column: str = "audio",
+    id_column: str | None = None,
+    num_proc: int | None = None,
+    batch_size: int = 32,
+) -> datasets.Dataset:
+    """Replace the audio of a data set by its log-mel features, cached on disk.
+
+    The cache is found again by the data set's fingerprint and the extractor's settings that change a number:
+    another `max_length` or `num_proc` uses the same files. A data set made in memory has no cache.
+
+    Args:
+        clips: Rows with an audio column (bytes or paths).
+        extractor: Whose `log_mel` to store.
+        audio_column: The column to replace.
+        id_column: Column that names a clip in error messages; its path or row number if not given.
+        num_proc: Processes; None: this one.
+        batch_size: Clips a call; more only takes more memory.
+
+    Returns:
+        The other columns and two new ones: `input_values`, float16, (frames * num_mel_bins,) frame by frame,
+        at the clip's own length, and `error`: "", or why the clip could not be read and has no frames.
+
+    Raises:
+        ValueError: The data set lacks the audio column or has one that is named as a new one.
+    """
+    if audio_column not in clips.column_names:
+        raise ValueError(f"no column {audio_column!r}; the data set has {clips.column_names}")
+    if taken := {"input_values", "error"} & set(clips.column_names):
+        raise ValueError(f"the columns {sorted(taken)} exist already; rename them")
+    if clips.features[audio_column] != Audio(decode=False):
+        clips = clips.cast_column(audio_column, Audio(decode=False))
+    settings = {
+        "version": FEATURES_VERSION,
+        "audio_column": audio_column,
+        "id_column": id_column,
+        **{name: getattr(extractor, name) for name in _FEATURE_SETTINGS},
+    }
+    kept = {name: kind for name, kind in clips.features.items() if name != audio_column}
+    # Flat lists of float16, through Arrow: Array2D took as long to write, but twenty times as long to read a random
+    # clip; "binary" took as long as the lists and hides the numbers from every other reader.
+    features = Features({**kept, "input_values": List(Value("float16")), "error": Value("string")})
+    mapped = clips.with_format("arrow").map(
+        partial(
+            _extract_batch,
+            extractor=extractor,
+            audio_column=audio_column,
+            id_column=id_column,
+            caller=os.getpid(),
+        ),
+        with_indices=True,
+        batched=True,
+        batch_size=batch_size,
+        features=features,
+        num_proc=num_proc,
+        new_fingerprint=Hasher.hash([clips._fingerprint, settings]),
+        desc="Log-mel features",
+    )
+    return mapped.with_format(None)
+
+
+def _extract_batch(
+    clips: pa.Table,
+    rows: Sequence[int],
+    extractor: BatchedASTFeatureExtractor,
+    audio_column: str,
+    id_column: str | None,
+    caller: int,
+) -> pa.Table:
+    """One batch of `extract_features`: the table without its audio, with `input_values` and `error`."""
+    if os.getpid() != caller:
+        # One process a core; and a forked process that starts threads waits for those of its parent for ever.
+        torch.set_num_threads(1)
+    names = clips[id_column].to_pylist() if id_column else [None] * len(rows)
+    waveforms, errors = {}, [""] * len(rows)
+    for place, (cell, name) in enumerate(zip(clips[audio_column], names, strict=True)):
+        audio = cell.as_py() or {"bytes": None, "path": None}
+        name = str(name) if name is not None else audio["path"] or f"row {rows[place]}"
+        try:
+            waveforms[place] = load_waveform(audio, extractor.sampling_rate, name)
+        except BadClip as error:
+            errors[place] = str(error)
+    sizes = np.zeros(len(rows) + 1, dtype=np.int32)
+    values = [np.empty(0, dtype=np.float16)]
+    for place, energies in zip(waveforms, extractor.log_mel(list(waveforms.values())), strict=True):
+        sizes[place + 1] = energies.numel()
+        values.append(energies.half().numpy().ravel())
+    offsets = np.cumsum(sizes, dtype=np.int32)
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values)))
+    return (
+        clips.drop_columns([audio_column])
+        .append_column("input_values", lists)
+        .append_column("error", pa.array(errors, pa.string()))
+    )
+
+
+class ClipFeatures(Dataset):
+    """The result of `extract_features` as examples for a model.
+
+    Args:
+        features: Rows with `input_values`.
+        labels: The class number of each row.
+        num_mel_bins: Width of a frame.
+    """
+
+    def __init__(self, features: datasets.Dataset, labels: Sequence[int], num_mel_bins: int):
+        self._values = features.select_columns("input_values").with_format("arrow")
+        self._labels = np.asarray(labels)
+        self._num_mel_bins = num_mel_bins
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """One example: `input_values`, float16 tensor (frames, num_mel_bins), and `labels`, the class number."""
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The examples of a batch, read from the disk in one go; torch's data loader calls this."""
+        clips = self._values[list(rows)]["input_values"]
+        return [
+            {
+                # A copy, because the cache file in memory is read-only.
+                "input_values": torch.from_numpy(clip.values.to_numpy().reshape(-1, self._num_mel_bins).copy()),
+                "labels": int(self._labels[row]),
+            }
+            for row, clip in zip(rows, clips, strict=True)
+        ]
