@@ -1,0 +1,352 @@
+"""The dataclasses a recipe fills, and how YAML and command line become one resolved configuration.
+
+A recipe is a flat YAML file: `TrainingArguments` fields by their own names beside ours. `inherits: other.yaml` starts
+from another recipe. Every value, from YAML or command line, passes through the same parser, so both give the same
+types and the same errors.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+class RecipeError(ValueError):
+    """Something the user wrote or named is wrong; the message says what was found and what is wanted."""
+
+
+@dataclass
+class DataArguments:
+    """Which clips, and how they are divided."""
+
+    _argument_group_name = "data"
+
+    dataset: str = field(
+        default="synthetic",
+        metadata={"help": "Hub id, folder, Parquet file, or 'synthetic' (generated, embedded)."},
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of the Hub data set; ignored for local data."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split that holds all folds."})
+    audio_column: str = field(default="audio", metadata={"help": "Column with the audio (bytes or path)."})
+    label_column: str = field(default="label", metadata={"help": "Column with class names or ids."})
+    fold_column: str = field(default="fold", metadata={"help": "Column with the official fold."})
+    clip_column: str | None = field(
+        default=None, metadata={"help": "Column that names a clip; left out: its row number."}
+    )
+    group_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with the source recording; one that stands in two splits is a leak."},
+    )
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "Class names in the model's order; default: all found, sorted."}
+    )
+    train_folds: list[str] = field(
+        default_factory=lambda: [str(fold) for fold in range(1, 9)], metadata={"help": "Folds to train on."}
+    )
+    validation_folds: list[str] = field(
+        default_factory=lambda: ["9"], metadata={"help": "Folds that choose the checkpoint."}
+    )
+    test_folds: list[str] = field(default_factory=lambda: ["10"], metadata={"help": "Folds scored once, at the end."})
+    drop_leaks: bool = field(
+        default=False,
+        metadata={"help": "Drop training clips whose source recording also stands in validation or test."},
+    )
+    on_bad_clip: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "What to do with damaged, empty, silent or NaN-bearing clips."}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that compute features; default: one a core."}
+    )
+
+
+@dataclass
+class FeatureArguments:
+    """ASTFeatureExtractor's settings; those left out come from the pretrained model, or its defaults."""
+
+    _argument_group_name = "features"
+
+    sampling_rate: int | None = field(default=None, metadata={"help": "Rate in Hz to resample to."})
+    num_mel_bins: int | None = field(default=None, metadata={"help": "Mel bands."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Frames of 10 ms the model sees: 400 for 4 s, 1024 for 10.24 s."}
+    )
+    mean: float | None = field(default=None, metadata={"help": "Log-mel mean, of training folds only."})
+    std: float | None = field(default=None, metadata={"help": "Log-mel standard deviation, of training folds only."})
+
+
+@dataclass
+class AugmentationArguments:
+    """What `data_collator.SpectrogramCollator` does to a training batch; evaluation gets none of it."""
+
+    _argument_group_name = "augmentation"
+
+    random_crop: bool = field(
+        default=True, metadata={"help": "Random window of longer clips, random place of shorter."}
+    )
+    time_roll: int = field(default=0, metadata={"help": "Roll each clip by up to so many frames, either way."})
+    time_mask: int = field(default=0, metadata={"help": "SpecAugment: longest time mask in frames; 0: none."})
+    time_masks: int = field(default=1, metadata={"help": "SpecAugment: time masks a clip."})
+    frequency_mask: int = field(default=0, metadata={"help": "SpecAugment: widest mask in mel bands; 0: none."})
+    frequency_masks: int = field(default=1, metadata={"help": "SpecAugment: frequency masks a clip."})
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup weights come from Beta(alpha, alpha); 0: none."})
+    mixup_probability: float = field(default=1.0, metadata={"help": "Share of clips that are mixed with another."})
+
+
+@dataclass
+class ModelArguments:
+    """Which network, what of it is trained, and how fast."""
+
+    _argument_group_name = "model"
+
+    model: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a pretrained AST; left out: random weights."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the Hub model."})
+    model_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "ASTConfig fields to set, as JSON on the command line: '{\"time_stride\": 16}'."},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2 …; left out: the library chooses."}
+    )
+    unfreeze_last_layers: int | None = field(
+        default=None, metadata={"help": "Train only the last N layers and the head; left out: everything."}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the classification head; left out: learning_rate."}
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Each layer below the head learns at this share of the one above."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.model_config, str):
+            try:
+                self.model_config = json.loads(self.model_config)
+            except json.JSONDecodeError as error:
+                raise RecipeError(
+                    f"model_config: found {self.model_config!r}, wanted a JSON object ({error})"
+                ) from error
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """`TrainingArguments` with `precision` and the defaults of this project."""
+
+    _argument_group_name = "training"
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
+        default="auto",
+        metadata={"help": "auto: bf16 where the hardware computes in it, else fp16 on CUDA, else fp32. "
+                  "The flags bf16 and fp16 overrule it."},
+    )  # fmt: skip
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better one; left out: never."},
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "no, steps, epoch or best."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; under 1: a share."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, beside the best."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    metric_for_best_model: str | None = field(
+        default="accuracy", metadata={"help": "Validation metric that chooses the checkpoint."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any scheduler of transformers."})
+    report_to: list[str] | None = field(
+        default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, wandb, …, none."}
+    )
+    # The collator needs the row's `draw`, which no model's forward names.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator needs all columns."})
+
+    def __post_init__(self):
+        asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
+        self.precision = resolve_precision(asked, self.use_cpu)
+        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        # TrainingArguments refuses bf16 without a GPU unless it is told that the CPU is meant.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
+
+@dataclass
+class Recipe:
+    """A resolved configuration: what `config.yaml` in the run folder holds."""
+
+    data: DataArguments
+    features: FeatureArguments
+    augmentation: AugmentationArguments
+    model: ModelArguments
+    training: RunArguments
+    # Names of the fields that YAML or command line set, beside those of the project's own dataclasses.
+    chosen: frozenset[str] = frozenset()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields of ours and each field of `TrainingArguments` that was chosen, as plain YAML types."""
+        values = {}
+        for part in (self.data, self.features, self.augmentation, self.model):
+            values |= dataclasses.asdict(part)
+        elsewhere = set(values) | {"bf16", "fp16", "hub_token"}  # `precision` says the first two
+        for name in sorted((set(RunArguments.__annotations__) | self.chosen | {"seed", "output_dir"}) - elsewhere):
+            value = getattr(self.training, name)
+            values[name] = value.value if isinstance(value, Enum) else value
+        values["report_to"] = values["report_to"] or ["none"]
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def resolve_precision(asked: str, use_cpu: bool = False) -> str:
+    """What the hardware here computes in.
+
+    Args:
+        asked: auto, fp32, bf16 or fp16.
+        use_cpu: Whether a GPU, if there is one, is left alone.
+
+    Returns:
+        fp32, bf16 or fp16.
+
+    Raises:
+        RecipeError: The hardware lacks the precision asked for.
+    """
+    cuda = torch.cuda.is_available() and not use_cpu
+    if cuda:
+        bf16, fp16 = torch.cuda.is_bf16_supported(including_emulation=False), True
+        hardware = torch.cuda.get_device_name()
+    else:
+        # bf16 autocast runs on any CPU; only with these instructions is it faster than fp32.
+        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fp16, hardware = False, "a CPU"
+    if asked == "auto":
+        return "bf16" if bf16 else "fp16" if fp16 else "fp32"
+    if asked == "fp16" and not fp16:
+        raise RecipeError(f"precision: found fp16, which needs a CUDA GPU; this is {hardware}: use bf16, fp32 or auto")
+    if asked == "bf16" and cuda and not bf16:
+        raise RecipeError(
+            f"precision: found bf16, which {hardware} lacks (Ampere or newer has it): use fp16, fp32 or auto"
+        )
+    return asked
+
+
+PARTS = (DataArguments, FeatureArguments, AugmentationArguments, ModelArguments, RunArguments)
+
+
+class _RecipeParser(HfArgumentParser):
+    """Errors name the field, the value found and the type wanted, instead of printing two hundred options."""
+
+    source = "command line"
+
+    def error(self, message: str):
+        message = re.sub(r"argument --([\w]+)\S*:", r"\1:", message)
+        message = re.sub(r"invalid (\w+) value: (.*)", r"found \2, wanted \1", message)
+        raise RecipeError(f"{self.source}: {message}")
+
+
+def parse_recipe(argv: list[str]) -> Recipe:
+    """Read a recipe and what the command line changes of it.
+
+    Args:
+        argv: `[recipe.yaml] [--field value ...]`, as `sys.argv[1:]`.
+
+    Raises:
+        RecipeError: Unknown or mistyped fields, a missing file.
+    """
+    parser = _RecipeParser(
+        PARTS,
+        usage="accelerate launch train.py [recipe.yaml] [--field value ...]",
+        description="Fine-tune an audio classifier. A recipe is a YAML file with any of the fields below.",
+        allow_abbrev=False,
+    )
+    path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    recipe = read_yaml(path) if path else {}
+    tokens = list(_as_tokens(recipe, parser, path))
+    parser.source = path or parser.source
+    parser.parse_args(tokens)  # so that what the file has wrong is said of the file
+    parser.source = _RecipeParser.source
+    overrides = argv[bool(path) :]
+    try:
+        *parts, unknown = parser.parse_args_into_dataclasses(
+            ["--output_dir", default_output_dir(path), *tokens, *overrides],
+            return_remaining_strings=True,
+            look_for_args_file=False,
+        )
+    except ValueError as error:  # TrainingArguments' own checks
+        raise RecipeError(str(error)) from error
+    if unknown:
+        raise RecipeError(f"command line: unknown field {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), parser)}")
+    named = {re.sub("^--(no[_-])?", "", word.split("=")[0]).replace("-", "_") for word in overrides}
+    known = {name.name for part in PARTS for name in dataclasses.fields(part)}
+    return Recipe(*parts, chosen=frozenset((named | set(recipe)) & known))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe's fields, those it inherits included; a field set to null is as one left out.
+
+    Raises:
+        RecipeError: The file is missing, is not YAML, or is not one mapping.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: {error.strerror}; the recipes are in configs/") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise RecipeError(f"recipe {path}: found {type(recipe).__name__}, wanted lines of `field: value`")
+    if base := recipe.pop("inherits", None):
+        recipe = read_yaml(path.parent / base) | recipe
+    return {key: value for key, value in recipe.items() if value is not None}
+
+
+def default_output_dir(path: Path | None) -> str:
+    """runs/urbansound8k/ast for configs/urbansound8k/ast.yaml: a recipe has a run folder of its own."""
+    if path is None:
+        return "runs/default"
+    parts = path.with_suffix("").parts
+    below = parts[len(parts) - 1 - parts[::-1].index("configs") + 1 :] if "configs" in parts else parts[-1:]
+    return str(Path("runs", *below))
+
+
+def write_yaml(recipe: Recipe, path: Path) -> None:
+    """Save the resolved recipe, such that `train.py <path>` is the same run."""
+    with written_whole(path) as beside:
+        beside.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, renamed when done: `path` is never seen half-written."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _as_tokens(recipe: dict[str, Any], parser: HfArgumentParser, path: Path | None) -> Iterator[str]:
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in recipe.items():
+        if key not in actions or key == "help":
+            raise RecipeError(f"{path}: unknown field {key!r}{_nearest(key, parser)}")
+        if isinstance(value, list):
+            if actions[key].nargs != "+":
+                raise RecipeError(f"{path}: {key}: found the list {value}, wanted one value")
+            yield from (f"--{key}", *map(str, value))
+        else:
+            yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
+
+
+def _nearest(key: str, parser: HfArgumentParser) -> str:
+    near = difflib.get_close_matches(key, [action.dest for action in parser._actions], n=1)
+    return f"; did you mean {near[0]!r}?" if near else " (train.py --help names them all)"

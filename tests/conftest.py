@@ -1,0 +1,74 @@
+"""Small models, spectrograms and data sets that the tests share; nothing here needs a network or leaves its folder."""
+
+import io
+import os
+from pathlib import Path
+
+# Before the first import of a Hugging Face library: the tests never reach for the network or the user's caches.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+import soundfile
+from datasets import Dataset
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """A cache of data sets for the tests, and for the processes they start, that is theirs alone."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+
+
+def tone(frequency: float, seconds: float = 0.5, rate: int = 16000, seed: int = 0) -> np.ndarray:
+    """A noisy sine, float32."""
+    time = np.arange(int(seconds * rate)) / rate
+    noise = np.random.default_rng(seed).standard_normal(len(time))
+    return (0.3 * np.sin(2 * np.pi * frequency * time) + 0.01 * noise).astype(np.float32)
+
+
+def wav(samples: np.ndarray, rate: int = 16000) -> bytes:
+    """The bytes of a 16-bit wav file."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV")
+    return file.getvalue()
+
+
+@pytest.fixture
+def tones(tmp_path) -> Path:
+    """A Parquet file of 24 clips: three folds, the classes high and low, two clips a source recording."""
+    rows = [
+        {
+            "audio": {"bytes": wav(tone(3000 if row % 2 else 300, 0.3 + 0.02 * row, seed=row)), "path": f"{row}.wav"},
+            "name": f"clip-{row}",
+            "kind": "high" if row % 2 else "low",
+            "fold": 1 + row // 8,
+            "recording": row // 2,
+        }
+        for row in range(24)
+    ]
+    path = tmp_path / "tones.parquet"
+    Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+TONES = {  # recipe fields for `tones`
+    "audio_column": "audio",
+    "label_column": "kind",
+    "clip_column": "name",
+    "group_column": "recording",
+    "train_folds": ["1"],
+    "validation_folds": ["2"],
+    "test_folds": ["3"],
+}
+TINY_AST = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "time_stride": 16,
+    "frequency_stride": 16,
+}
