@@ -1,0 +1,165 @@
+import ast
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.data import DataLoader
+
+from data_collator import AugmentedClips, SpectrogramCollator
+
+BANDS = 128
+
+
+def clips(lengths, seed=0):
+    """Examples whose every value is their own frame number + 1, so that a place can be read off."""
+    return [
+        {"input_values": torch.arange(1, n + 1, dtype=torch.float16)[:, None].expand(n, BANDS), "labels": n % 3}
+        for n in lengths
+    ]
+
+
+def noise(count, frames=60, seed=0):
+    draws = np.random.default_rng(seed)
+    return [
+        {"input_values": draws.standard_normal((frames, BANDS)).astype(np.float16), "labels": i % 3}
+        for i in range(count)
+    ]
+
+
+def drawn(examples, seed=0, epoch=0):
+    examples = AugmentedClips(examples, seed)
+    examples.set_epoch(epoch)
+    return [examples[row] for row in range(len(examples))]
+
+
+def test_evaluation_pads_and_cuts_at_the_end():
+    batch = SpectrogramCollator(50, padding_value=0.4, time_roll=9, time_mask=30)(clips([20, 50, 80]))
+    assert batch["input_values"].shape == (3, 50, BANDS) and batch["input_values"].dtype == torch.float32
+    frames = batch["input_values"][:, :, 0]
+    assert torch.equal(frames[0], torch.cat([torch.arange(1.0, 21), torch.full((30,), 0.4)]))
+    assert torch.equal(frames[1], torch.arange(1.0, 51))
+    assert torch.equal(frames[2], torch.arange(1.0, 51))
+    assert batch["labels"].tolist() == [2, 2, 2] and batch["labels"].dtype == torch.int64
+
+
+def test_training_crops_and_places_at_random_without_losing_or_tearing_a_frame():
+    starts_long, starts_short = set(), set()
+    for epoch in range(200):
+        frames = SpectrogramCollator(50)(drawn(clips([20, 80]), epoch=epoch))["input_values"][:, :, 0]
+        short = frames[0][frames[0] != 0]
+        assert torch.equal(short, torch.arange(1.0, 21))
+        assert torch.equal(frames[1].diff(), torch.ones(49))
+        starts_short.add(int((frames[0] != 0).nonzero()[0]))
+        starts_long.add(int(frames[1, 0]) - 1)
+    assert starts_short == set(range(31)) and starts_long == set(range(31))
+
+
+def test_random_crop_can_be_switched_off():
+    plain, augmented = (
+        SpectrogramCollator(50)(clips([20, 80])),
+        SpectrogramCollator(50, random_crop=False)(drawn(clips([20, 80]))),
+    )
+    assert torch.equal(plain["input_values"], augmented["input_values"])
+
+
+def test_time_roll_is_circular_and_bounded():
+    offsets = set()
+    for epoch in range(200):
+        frames = SpectrogramCollator(50, time_roll=3)(drawn(clips([50]), epoch=epoch))["input_values"][0, :, 0]
+        offset = int(frames[0]) - 1
+        assert torch.equal(frames, torch.arange(1.0, 51).roll(-offset))
+        offsets.add(offset)
+    assert offsets == {47, 48, 49, 0, 1, 2, 3}
+
+
+def test_masks_hold_the_mean_span_the_other_axis_and_reach_their_longest():
+    collator = SpectrogramCollator(60, time_mask=10, frequency_mask=6)
+    times, bands = set(), set()
+    for epoch in range(300):
+        masked = collator(drawn(noise(1), epoch=epoch))["input_values"][0] == 0
+        rows, columns = masked.all(1), masked.all(0)
+        assert torch.equal(masked, rows[:, None] | columns[None, :])
+        times.add(int(rows.sum()))
+        bands.add(int(columns.sum()))
+        for mask in (rows, columns):
+            assert int(mask.diff().sum()) <= 2  # one stretch
+    assert times == set(range(11)) and bands == set(range(7))
+
+
+def test_number_of_masks():
+    collator = SpectrogramCollator(60, time_mask=2, time_masks=8)
+    masked = max(
+        int((collator(drawn(noise(1), epoch=epoch))["input_values"][0] == 0).all(1).sum()) for epoch in range(50)
+    )
+    assert 2 < masked <= 16
+
+
+def test_mixup_blends_neighbours_and_their_labels_alike():
+    examples = drawn(noise(5))
+    plain = SpectrogramCollator(60, num_labels=3)(examples)
+    mixed = SpectrogramCollator(60, num_labels=3, mixup_alpha=0.8)(examples)
+    labels = torch.nn.functional.one_hot(plain["labels"], 3).float()
+    neighbours = labels.roll(1, 0)
+    weight = ((mixed["labels"] - neighbours) / (labels - neighbours)).nanmean(1)
+    assert torch.allclose(mixed["labels"].sum(1), torch.ones(5))
+    assert ((weight > 0) & (weight < 1)).all() and len(set(weight.tolist())) == 5
+    expected = weight[:, None, None] * plain["input_values"]
+    expected += (1 - weight[:, None, None]) * plain["input_values"].roll(1, 0)
+    assert torch.allclose(mixed["input_values"], expected, atol=1e-5)
+
+
+def test_mixup_probability_leaves_the_others_whole():
+    examples = noise(1000, frames=4)
+    labels = SpectrogramCollator(4, num_labels=3, mixup_alpha=0.8, mixup_probability=0.3)(drawn(examples))["labels"]
+    assert 0.25 < (labels.max(1).values < 1).float().mean() < 0.35
+
+
+def test_mixup_weights_follow_beta():
+    labels = SpectrogramCollator(1, num_labels=3, mixup_alpha=0.4)(drawn(noise(3000, frames=1)))["labels"]
+    own = labels[torch.arange(3000), torch.arange(3000) % 3]
+    assert abs(own.mean() - 0.5) < 0.02
+    assert abs(own.var() - 1 / (4 * (2 * 0.4 + 1))) < 0.01  # variance of Beta(a, a)
+
+
+def test_mixup_without_num_labels_is_an_error():
+    with pytest.raises(ValueError, match="num_labels"):
+        SpectrogramCollator(50, mixup_alpha=0.5)
+
+
+def test_augmentation_depends_on_seed_epoch_and_row_alone():
+    collator = SpectrogramCollator(50, time_roll=9, time_mask=9, frequency_mask=9)
+    examples = noise(6, 80)
+    whole = collator(drawn(examples, seed=1, epoch=2))["input_values"]
+    halves = [collator(drawn(examples, seed=1, epoch=2)[part])["input_values"] for part in (slice(3), slice(3, 6))]
+    assert torch.equal(whole, torch.cat(halves))
+    assert not torch.equal(whole, collator(drawn(examples, seed=1, epoch=3))["input_values"])
+    assert not torch.equal(whole, collator(drawn(examples, seed=2, epoch=2))["input_values"])
+
+
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1}, {"num_workers": 2, "persistent_workers": True}])
+def test_workers_draw_the_same_numbers_and_see_the_epoch_change(workers):
+    examples = AugmentedClips(noise(6, 80), seed=3)
+    collator = SpectrogramCollator(50, time_roll=9, time_mask=9)
+    loader = DataLoader(examples, batch_size=2, collate_fn=collator, **workers)
+    epochs = []
+    for epoch in range(2):
+        examples.set_epoch(epoch)
+        epochs.append(torch.cat([batch["input_values"] for batch in loader]))
+        assert torch.equal(epochs[-1], collator(drawn(noise(6, 80), seed=3, epoch=epoch))["input_values"])
+    assert not torch.equal(*epochs)
+
+
+def test_the_file_can_be_copied_into_another_project():
+    tree = ast.parse((ROOT / "data_collator.py").read_text())
+    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert {name.split(".")[0] for name in imported} <= {
+        "collections",
+        "dataclasses",
+        "typing",
+        "numpy",
+        "scipy",
+        "torch",
+        "transformers",
+    }
