@@ -1,0 +1,232 @@
+"""What a run leaves beside its model: metrics.json, predictions.parquet, plots, tables, the card.
+
+Everything here is made from arrays and the Trainer's log; a run folder is enough to make it again.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from matplotlib.figure import Figure
+from pandas import DataFrame
+from sklearn.metrics import ConfusionMatrixDisplay, f1_score
+from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
+
+from audio_dendrites.config import Recipe, written_whole
+from audio_dendrites.metrics import EVALUATION, PerClassAccuracy
+
+matplotlib.use("agg")
+
+PACKAGES = ("torch", "torchaudio", "transformers", "datasets", "accelerate", "evaluate")
+
+
+def score(predictions: DataFrame, labels: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, macro F1, mAP, and accuracy, F1 and clips of each class.
+
+    Args:
+        predictions: As `predictions_table` makes it.
+        labels: Class names in the order of the logits.
+    """
+    logits = np.stack(predictions["logits"])
+    references = predictions["label"].map(list(labels).index).to_numpy()
+    recalls = PerClassAccuracy().compute(predictions=logits, references=references)["per_class_accuracy"]
+    f1 = f1_score(references, logits.argmax(1), labels=range(len(labels)), average=None, zero_division=0)
+    counts = np.bincount(references, minlength=len(labels))
+    per_class = {
+        labels[i]: {"accuracy": recalls[i], "f1": float(f1[i]), "clips": int(counts[i])} for i in sorted(recalls)
+    }
+    scores = EVALUATION.compute(predictions=logits, references=references)
+    return scores | {"clips": len(predictions), "per_class": per_class}
+
+
+def predictions_table(index: DataFrame, output: PredictionOutput, labels: Sequence[str]) -> DataFrame:
+    """One row a clip: `clip`, `fold`, `label`, `predicted` (class names) and `logits`, a list of float32.
+
+    Args:
+        index: Rows with `clip`, `fold` and `label`, in the order of the predictions.
+        output: What `Trainer.predict` gives.
+        labels: Class names in the order of the logits.
+    """
+    logits = output.predictions.astype(np.float32)
+    table = index[["clip", "fold", "label"]].reset_index(drop=True)
+    return table.assign(predicted=[labels[i] for i in logits.argmax(1)], logits=list(logits))
+
+
+def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows, the first one the header, as an aligned Markdown table; numbers to the right with four digits."""
+    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [not isinstance(cell, str) for cell in rows[-1]]
+    rule = ["-" * (width - is_right) + ":" * is_right for width, is_right in zip(widths, right, strict=True)]
+    lines = [
+        [
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(row, widths, right, strict=True)
+        ]
+        for row in cells
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The scores of a run and those of each class, as two Markdown tables."""
+    names = ("accuracy", "macro_f1", "mAP")
+    rows = [["split", "folds", "clips", *names]]
+    for split in ("validation", "test"):
+        scores = metrics[split]
+        rows.append([split, " ".join(scores["folds"]), scores["clips"], *(scores[name] for name in names)])
+    classes = [["class", "clips", "accuracy", "f1"]]
+    classes += [
+        [label, scores["clips"], scores["accuracy"], scores["f1"]]
+        for label, scores in metrics["test"]["per_class"].items()
+    ]
+    return f"{markdown_table(rows)}\n\n{markdown_table(classes)}"
+
+
+def plot_confusion(predictions: DataFrame, labels: Sequence[str], title: str, path: Path) -> None:
+    """Confusion matrix in clips, rows the true class, shaded by the share of the row."""
+    size = 2.5 + 0.5 * len(labels)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot()
+    display = ConfusionMatrixDisplay.from_predictions(
+        predictions["label"], predictions["predicted"], labels=list(labels), normalize="true", ax=axes,
+        cmap="Blues", include_values=False, colorbar=False, xticks_rotation=45,
+    )  # fmt: skip
+    display.im_.set_clim(0, 1)
+    counts = pandas.crosstab(predictions["label"], predictions["predicted"]).reindex(
+        index=labels, columns=labels, fill_value=0
+    )
+    for (row, column), count in np.ndenumerate(counts.to_numpy()):
+        if count:
+            colour = "white" if display.confusion_matrix[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour)
+    axes.set_xticklabels(labels, rotation=45, ha="right")
+    axes.set(title=title, xlabel="predicted", ylabel="true")
+    _save_figure(figure, path)
+
+
+def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
+    """Training and validation loss, the validation metric that chooses the checkpoint, and the learning rate, by epoch.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+        metric: Name of the metric, without "eval_".
+        path: PNG file.
+    """
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    losses, scores, rates = figure.subplots(1, 3)
+    for axes, key, label in (
+        (losses, "loss", "training"),
+        (losses, "eval_loss", "validation"),
+        (scores, f"eval_{metric}", "validation"),
+        (rates, "learning_rate", None),
+    ):
+        points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if key.startswith("eval") else None, label=label)
+    for axes, title in ((losses, "loss"), (scores, metric), (rates, "learning rate")):
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+    losses.legend()
+    _save_figure(figure, path)
+
+
+def write_run(
+    folder: Path,
+    recipe: Recipe,
+    trainer: Trainer,
+    labels: Sequence[str],
+    predictions: dict[str, DataFrame],
+    skipped: Sequence[str],
+    card_template: Path,
+) -> None:
+    """Write plots, predictions.parquet, README.md and, last, metrics.json; print the scores.
+
+    A folder that has a metrics.json is complete.
+
+    Args:
+        folder: The run folder.
+        recipe: As resolved.
+        trainer: After the training.
+        labels: Class names in the order of the logits.
+        predictions: `predictions_table` of the splits validation and test.
+        skipped: What was wrong with the clips that were left out.
+        card_template: Jinja template of the model card.
+    """
+    metrics = run_metrics(recipe, trainer, labels, predictions, skipped)
+    title = f"{recipe.data.dataset}, test fold {' '.join(recipe.data.test_folds)}"
+    plot_confusion(predictions["test"], labels, title, folder / "confusion_matrix.png")
+    plot_learning_curves(trainer.state.log_history, trainer.args.metric_for_best_model, folder / "learning_curves.png")
+    with written_whole(folder / "predictions.parquet") as path:
+        predictions["test"].to_parquet(path, index=False)
+    with written_whole(folder / "README.md") as path:
+        path.write_text(model_card(metrics, folder.name, card_template), encoding="utf-8")
+    with written_whole(folder / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{summary(metrics)}\n\nRun folder: {folder}", flush=True)
+
+
+def run_metrics(
+    recipe: Recipe, trainer: Trainer, labels: Sequence[str], predictions: dict[str, DataFrame], skipped: Sequence[str]
+) -> dict[str, Any]:
+    """What metrics.json holds: scores of both splits, size and length of the training, and where it ran."""
+    folds = {"validation": recipe.data.validation_folds, "test": recipe.data.test_folds}
+    state = trainer.state
+    parameters = list(trainer.model.parameters())
+    return {
+        "dataset": recipe.data.dataset,
+        "base_model": recipe.model.model,
+        "labels": list(labels),
+        "sampling_rate": trainer.processing_class.sampling_rate,
+        **{split: score(table, labels) | {"folds": folds[split]} for split, table in predictions.items()},
+        "chosen_by": recipe.training.metric_for_best_model,
+        "best_step": state.best_global_step,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "precision": recipe.training.precision,
+        "train_runtime_s": next(log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log),
+        "processes": recipe.training.world_size,
+        "skipped": list(skipped),
+        "command": ["train.py", *sys.argv[1:]],
+        "environment": environment(trainer.args.device),
+    }
+
+
+def model_card(metrics: dict[str, Any], name: str, template: Path) -> str:
+    """README.md of the run folder, from a Jinja template and `run_metrics` alone."""
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="audio-classification",
+        base_model=metrics["base_model"],
+        tags=["audio-classification", "audio-spectrogram-transformer"],
+    )
+    return str(
+        ModelCard.from_template(data, template_path=str(template), name=name, summary=summary(metrics), **metrics)
+    )
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the run computed with: versions, processor or GPU, and the commit of this code; no host or user name."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    found = {"hardware": hardware, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return found | ({"commit": git.stdout.strip()} if git.returncode == 0 else {})
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
+    with written_whole(path) as beside:
+        figure.savefig(beside, dpi=150, format="png")

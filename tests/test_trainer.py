@@ -1,0 +1,351 @@
+"""Runs of train.py as its user starts them: results, resumption, two processes, bad folders."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY_AST, TONES, tone
+from datasets import Dataset, load_dataset
+from safetensors.torch import load_file, save_file
+from transformers import (
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
+    AutoFeatureExtractor,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+import train
+from audio_dendrites.config import ModelArguments, RecipeError, parse_recipe
+from audio_dendrites.models.ast import load_ast
+from audio_dendrites.trainer import CheckpointError, classification_loss, last_checkpoint
+
+RECIPE = TONES | {
+    "max_length": 48,
+    "model_config": TINY_AST,
+    "per_device_train_batch_size": 2,
+    "num_train_epochs": 3,
+    "learning_rate": 1e-3,
+    "precision": "fp32",
+    "preprocessing_num_workers": 1,
+    "time_roll": 5,
+    "time_mask": 8,
+    "mixup_alpha": 0.5,
+    "logging_steps": 1,
+}
+
+
+@pytest.fixture
+def recipe(tones, tmp_path):
+    """Writes a recipe for `tones`; gives its path."""
+
+    def write(**changes):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(RECIPE | {"dataset": str(tones), "output_dir": str(tmp_path / "run")} | changes))
+        return path
+
+    return write
+
+
+def run(path, *options):
+    train.train(parse_recipe([str(path), *options]))
+
+
+def command(path, *options):
+    return [sys.executable, str(ROOT / "train.py"), str(path), *options]
+
+
+def assert_same_tensors(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_what_the_design_promises(recipe, tmp_path, capsys):
+    run(recipe())
+    folder = tmp_path / "run"
+    found = {path.name for path in folder.iterdir() if path.is_file()}
+    assert found == {
+        "README.md", "config.json", "config.yaml", "confusion_matrix.png", "learning_curves.png", "metrics.json",
+        "model.safetensors", "predictions.parquet", "preprocessor_config.json",
+    }  # fmt: skip
+    metrics = json.loads((folder / "metrics.json").read_text())
+    predictions = pandas.read_parquet(folder / "predictions.parquet")
+    assert predictions.columns.tolist() == ["clip", "fold", "label", "predicted", "logits"]
+    assert predictions["clip"].tolist() == [f"clip-{row}" for row in range(16, 24)]
+    assert set(predictions["fold"]) == {"3"} and set(predictions["label"]) == {"high", "low"}
+    logits = np.stack(predictions["logits"])
+    assert predictions["predicted"].tolist() == [["high", "low"][i] for i in logits.argmax(1)]
+    assert metrics["test"]["accuracy"] == (predictions["label"] == predictions["predicted"]).mean()
+    assert metrics["steps"] == 12 and metrics["test"]["per_class"]["low"]["clips"] == 4
+    assert "| test       | 3     |     8 |" in capsys.readouterr().out
+    assert "pipeline_tag: audio-classification" in (folder / "README.md").read_text()
+
+
+def test_the_pipeline_gives_the_scores_of_predictions_parquet(recipe, tmp_path):
+    run(recipe(precision="bf16", num_train_epochs=8))
+    predictions = pandas.read_parquet(tmp_path / "run" / "predictions.parquet")
+    classify = pipeline("audio-classification", model=str(tmp_path / "run"))
+    assert type(classify.feature_extractor) is ASTFeatureExtractor
+    for row, prediction in zip(range(16, 24), predictions.itertuples(), strict=True):
+        waveform = tone(3000 if row % 2 else 300, 0.3 + 0.02 * row, seed=row)
+        scores = {answer["label"]: answer["score"] for answer in classify(np.round(waveform * 32767) / 32768)}
+        expected = torch.tensor(prediction.logits).softmax(-1)
+        assert max(scores, key=scores.get) == prediction.predicted
+        assert abs(scores["high"] - expected[0]) < 1e-4 and abs(scores["low"] - expected[1]) < 1e-4
+
+
+def test_the_test_fold_is_scored_with_the_best_checkpoint(recipe, tmp_path):
+    run(recipe(num_train_epochs=6, metric_for_best_model="loss", learning_rate=3e-3))
+    state = json.loads(
+        (
+            max((tmp_path / "run").glob("checkpoint-*"), key=lambda p: int(p.name[11:])) / "trainer_state.json"
+        ).read_text()
+    )
+    best = Path(state["best_model_checkpoint"])
+    saved = ASTForAudioClassification.from_pretrained(tmp_path / "run").state_dict()
+    assert_same_tensors(saved, load_file(best / "model.safetensors"))
+
+
+@pytest.mark.parametrize(("trainer", "restored"), [(Trainer, False), (train.AudioTrainer, True)])
+def test_the_stock_trainer_loses_the_encoder_and_ours_restores_it(tmp_path, trainer, restored):
+    """Where the first case fails, transformers has mended the fault that ours works around."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    saved, fresh = (load_ast(["high", "low"], ModelArguments(model_config=TINY_AST), 48) for _ in range(2))
+    trainer(saved, arguments, processing_class=ASTFeatureExtractor()).save_model(str(tmp_path / "checkpoint"))
+    trainer(fresh, arguments)._load_from_checkpoint(str(tmp_path / "checkpoint"))
+    query = "audio_spectrogram_transformer.layers.0.attention.q_proj.weight"
+    assert torch.equal(saved.state_dict()[query], fresh.state_dict()[query]) == restored
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_an_error(recipe, tmp_path):
+    run(recipe(num_train_epochs=1))
+    weights = tmp_path / "run" / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["stranger"] = tensors.pop("classifier.dense.bias")
+    save_file(tensors, weights)
+    with pytest.raises(CheckpointError, match=r"lacks \['classifier.dense.bias'\].*\['stranger'\]"):
+        run(recipe(num_train_epochs=1))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resume_in_the_middle_of_an_epoch_is_tensor_identical(recipe, tmp_path, accumulation):
+    options = {
+        "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None,
+        "num_train_epochs": 2, "gradient_accumulation_steps": accumulation, "dataloader_num_workers": 1,
+        "model_config": TINY_AST | {"hidden_dropout_prob": 0.1},
+    }  # fmt: skip
+    run(recipe(**options))
+    whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    last = 8 // accumulation
+    for step in range(1, last):
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(whole, tmp_path / "run", ignore=lambda _, names, step=step: [
+            name for name in names if name.startswith("checkpoint-") and int(name[11:]) > step
+        ])  # fmt: skip
+        run(recipe(**options))
+        for name in ("model.safetensors", f"checkpoint-{last}/model.safetensors"):
+            assert_same_tensors(load_file(whole / name), load_file(tmp_path / "run" / name))
+
+
+def test_a_killed_run_resumes_and_ends_as_the_uninterrupted_one(recipe, tmp_path):
+    options = ("--num_train_epochs", "6", "--output_dir")
+    path = recipe()
+    run(path, *options, str(tmp_path / "whole"))
+    process = subprocess.Popen(
+        command(path, *options, str(tmp_path / "run")), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoint-8" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "metrics.json").exists()
+    again = subprocess.run(command(path, *options, str(tmp_path / "run")), capture_output=True, text=True, check=True)
+    assert re.search(r"Checkpoint found, resuming from .*checkpoint-\d+", again.stderr)
+    assert_same_tensors(
+        load_file(tmp_path / "whole" / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    )
+    whole, run_ = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "run"))
+    assert whole["test"] == run_["test"] and whole["steps"] == run_["steps"]
+
+
+def test_a_half_written_checkpoint_is_passed_over(recipe, tmp_path, caplog):
+    run(recipe(num_train_epochs=2))
+    newest = tmp_path / "run" / "checkpoint-8"
+    for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"):
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(content[: len(content) // 2])
+        assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+        assert "checkpoint-8 is passed over" in caplog.text
+        (newest / name).write_bytes(content)
+    assert last_checkpoint(tmp_path / "run") == newest
+
+
+def test_checkpoints_of_another_recipe_are_not_gone_on_from(recipe, tmp_path):
+    run(recipe(num_train_epochs=1))
+    with pytest.raises(RecipeError, match="learning_rate was 0.001 and is 0.5. Choose another --output_dir"):
+        run(recipe(num_train_epochs=1), "--learning_rate", "0.5")
+    run(recipe(num_train_epochs=1), "--logging_steps", "7")
+
+
+def test_a_checkpoint_of_another_class_count_is_an_error(recipe, tmp_path):
+    run(recipe(num_train_epochs=1))
+    with pytest.raises(
+        RecipeError,
+        match=r"resume_from_checkpoint: .*checkpoint-4 was trained on 2 classes \(high, low\), the recipe has 3",
+    ):
+        run(
+            recipe(num_train_epochs=2),
+            "--labels",
+            "high",
+            "low",
+            "middle",
+            "--resume_from_checkpoint",
+            str(tmp_path / "run" / "checkpoint-4"),
+        )
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(recipe, tmp_path):
+    path = recipe(num_train_epochs=2, mixup_alpha=0.0)
+    run(path, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one"))
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command(path)[1:]]
+    done = subprocess.run([*two, "--output_dir", str(tmp_path / "two")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert metrics["processes"] == 2 and metrics["test"]["clips"] == 8
+
+
+def test_a_world_smaller_than_asked_is_said(recipe):
+    launch = [shutil.which("accelerate", path=Path(sys.executable).parent), "launch", "--cpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "train.py"), str(recipe()), "--max_steps", "1", "--eval_strategy", "no",
+         "--save_strategy", "no", "--load_best_model_at_end", "false"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 processes were asked for, 1 runs" in done.stderr
+
+
+def test_bad_input_is_one_line_without_a_traceback(recipe):
+    done = subprocess.run(command(recipe(), "--train_folds", "8"), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: train_folds: no clip in fold 8")
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_any_training(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="output_dir: .* cannot be written"):
+        run(recipe(), "--output_dir", str(tmp_path / "file" / "run"))
+
+
+def test_a_disk_too_small_is_an_error_before_any_training(recipe, monkeypatch):
+    real = os.statvfs
+
+    def nearly_full(path):
+        found = real(path)
+        return os.statvfs_result((found[0], found[1], found[2], 1, 1, *found[5:10]))
+
+    monkeypatch.setattr(os, "statvfs", nearly_full)
+    with pytest.raises(RecipeError, match="has 0.00 GB left, the run needs about"):
+        run(recipe())
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(recipe, tmp_path):
+    """A file-size limit stands for the full disk: writing beyond it fails as on one."""
+    limit = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); sys.argv = sys.argv[1:]; "
+    limit += f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    run(recipe(num_train_epochs=1))
+    before = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", limit, "train.py", str(recipe(num_train_epochs=2)), "--resume_from_checkpoint",
+         str(tmp_path / "run" / "checkpoint-4")], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "error: writing to" in done.stderr and "the same command goes on from the last checkpoint" in done.stderr
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    assert_same_tensors(before, load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors"))
+
+
+def test_bad_clips_are_skipped_counted_and_listed(recipe, tones, tmp_path):
+    rows = load_dataset("parquet", data_files=str(tones), split="train").to_list()
+    rows[3]["audio"]["bytes"] = rows[3]["audio"]["bytes"][:200]
+    Dataset.from_list(rows).to_parquet(tones)
+    with pytest.raises(RecipeError, match="(?s)1 clips cannot be used .*clip-3"):
+        run(recipe())
+    run(recipe(on_bad_clip="skip", num_train_epochs=1))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(metrics["skipped"]) == 1 and "clip-3" in metrics["skipped"][0]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_accumulated_soft_labels_is_that_of_the_whole_batch(smoothing):
+    logits, labels = torch.randn(6, 4), torch.rand(6, 4).softmax(1)
+    whole = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    def loss(rows, labels, entries=None):
+        return classification_loss(type("Outputs", (), {"logits": logits[rows]}), labels[rows], entries, smoothing)
+
+    assert torch.allclose(loss(slice(6), labels), whole)
+    assert torch.allclose(loss(slice(2), labels, 24) + loss(slice(2, 6), labels, 24), whole)
+    hard = labels.argmax(1)
+    whole = torch.nn.functional.cross_entropy(logits, hard, label_smoothing=smoothing)
+    assert torch.allclose(loss(slice(2), hard, 6) + loss(slice(2, 6), hard, 6), whole)
+
+
+def test_learning_rates_reach_the_optimizer(recipe, tmp_path):
+    run(
+        recipe(
+            num_train_epochs=1,
+            head_learning_rate=1e-2,
+            layer_decay=0.5,
+            lr_scheduler_type="constant",
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+        )
+    )
+    groups = torch.load(tmp_path / "run" / "checkpoint-4" / "optimizer.pt")["param_groups"]
+    assert {round(group["lr"], 8) for group in groups} == {1e-2, 1e-3, 5e-4, 2.5e-4, 1.25e-4}
+    trained = sum(len(group["params"]) for group in groups)
+    model = ASTForAudioClassification.from_pretrained(tmp_path / "run")
+    assert (
+        trained == len(list(model.parameters()))
+        and AutoFeatureExtractor.from_pretrained(tmp_path / "run").max_length == 48
+    )
+
+
+def test_frozen_layers_do_not_move(recipe, tmp_path):
+    run(
+        recipe(
+            num_train_epochs=1,
+            unfreeze_last_layers=1,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_total_limit=None,
+        )
+    )
+    first, last = (load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (1, 4))
+    moved = {name for name in first if not torch.equal(first[name], last[name])}
+    assert moved and all(
+        name.startswith(
+            ("classifier", "audio_spectrogram_transformer.layernorm", "audio_spectrogram_transformer.layers.1")
+        )
+        for name in moved
+    )

@@ -1,0 +1,102 @@
+"""Fine-tune an audio classifier as a recipe says; --help explains every field.
+
+    accelerate launch train.py configs/quickstart.yaml [--learning_rate 1e-4 ...]
+
+The same command again goes on where the run was interrupted.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from joblib import cpu_count
+from transformers import EarlyStoppingCallback, set_seed
+
+from audio_dendrites import report
+from audio_dendrites.config import Recipe, RecipeError, parse_recipe, write_yaml
+from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
+from audio_dendrites.features import ClipFeatures, extract_features
+from audio_dendrites.metrics import compute_metrics
+from audio_dendrites.models.ast import learning_rates, load_ast, load_extractor
+from audio_dendrites.trainer import (
+    AudioTrainer,
+    check_run_folder,
+    find_checkpoint,
+    prepare_process,
+    save_run_model,
+    writing_to,
+)
+from data_collator import AugmentedClips, SetEpoch, SpectrogramCollator
+
+CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
+
+
+def train(recipe: Recipe) -> None:
+    """One run: data, features, model, training, the test fold once, the run folder."""
+    args, folder = recipe.training, Path(recipe.training.output_dir)
+    prepare_process(args)
+    set_seed(args.seed)
+
+    with args.main_process_first(desc="loading the data"):
+        clips, index = load_clips(recipe.data)
+    splits = split_by_fold(index, recipe.data)
+    labels = class_names(index, splits, recipe.data)
+
+    extractor = load_extractor(recipe.model, recipe.features)
+    model = load_ast(labels, recipe.model, extractor.max_length, extractor.num_mel_bins)
+    check_run_folder(folder, model, args.save_total_limit)
+    checkpoint = find_checkpoint(recipe, labels)
+
+    with args.main_process_first(desc="computing the features"):
+        features = extract_features(
+            clips,
+            extractor,
+            recipe.data.audio_column,
+            recipe.data.clip_column,
+            num_proc=recipe.data.preprocessing_num_workers or cpu_count(),
+        )
+    splits, skipped = drop_bad_clips(splits, features["error"], recipe.data.on_bad_clip)
+    targets = index["label"].map(labels.index).to_numpy()
+    examples = {
+        split: ClipFeatures(features.select(rows), targets[rows], extractor.num_mel_bins)
+        for split, rows in splits.items()
+    }
+
+    callbacks = [SetEpoch()]
+    if args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    trainer = AudioTrainer(
+        model,
+        args,
+        data_collator=SpectrogramCollator(
+            extractor.max_length, len(labels), extractor.padding_level, **vars(recipe.augmentation)
+        ),
+        train_dataset=AugmentedClips(examples["train"], args.seed),
+        eval_dataset=examples["validation"],
+        processing_class=extractor.stock(),
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+        learning_rates=learning_rates(
+            model, args.learning_rate, recipe.model.head_learning_rate, recipe.model.layer_decay
+        ),
+    )
+    if trainer.is_world_process_zero():
+        write_yaml(recipe, folder / "config.yaml")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    predictions = {
+        split: report.predictions_table(index.iloc[splits[split]], trainer.predict_in_fp32(examples[split]), labels)
+        for split in ("validation", "test")
+    }
+    if trainer.is_world_process_zero():
+        with writing_to(folder):
+            save_run_model(model, extractor, folder)
+            report.write_run(folder, recipe, trainer, labels, predictions, skipped, CARD)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        train(parse_recipe(sys.argv[1:]))
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
