@@ -95,7 +95,9 @@ def test_each_recipe_has_a_run_folder_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").glob("[!a]*/**/*.yaml")) + [ROOT / "configs/quickstart.yaml"], ids=str
+    "path",
+    sorted((ROOT / "configs").glob("[!a]*/**/*.yaml")) + [ROOT / "configs/quickstart.yaml"],
+    ids=lambda path: path.name,
 )
 def test_shipped_recipes_parse_and_say_what_they_are(path):
     assert parse_recipe([str(path)]).data.dataset

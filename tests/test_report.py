@@ -1,0 +1,105 @@
+import json
+
+import evaluate
+import numpy as np
+import pytest
+from conftest import ROOT
+from matplotlib.image import imread
+from pandas import DataFrame
+
+from audio_dendrites.metrics import Accuracy, MacroF1, MeanAveragePrecision, PerClassAccuracy
+from audio_dendrites.report import (
+    markdown_table,
+    model_card,
+    plot_confusion,
+    plot_learning_curves,
+    score,
+)
+
+LOGITS = [[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 2.0, 0.0], [0.0, 1.0, 4.0]]
+LABELS = [0, 1, 0, 2]  # the third clip is taken for class 1
+
+
+def test_metrics_agree_with_a_count_by_hand():
+    answers = [
+        metric().compute(predictions=LOGITS, references=LABELS) for metric in (Accuracy, MacroF1, PerClassAccuracy)
+    ]
+    assert answers[0] == {"accuracy": 0.75}
+    assert answers[1]["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert answers[2] == {"per_class_accuracy": {0: 0.5, 1: 1.0, 2: 1.0}}
+
+
+def test_mean_average_precision_by_hand():
+    # Class 0 ranks its clips first and second: 1. So do the others their one clip.
+    assert MeanAveragePrecision().compute(predictions=LOGITS, references=LABELS) == {"mAP": 1.0}
+    # Class 0 has its clips at ranks 1 and 3 of 3: (1 + 2/3) / 2; class 1 its clip at rank 2: 1/2.
+    scores = [[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]]
+    found = MeanAveragePrecision().compute(predictions=scores, references=[0, 1, 0])["mAP"]
+    assert found == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2) / 2)
+
+
+def test_metrics_combine_and_are_evaluates_own_kind():
+    both = evaluate.combine([Accuracy(), MacroF1()])
+    assert both.compute(predictions=LOGITS, references=LABELS).keys() == {"accuracy", "macro_f1"}
+    assert isinstance(Accuracy(), evaluate.Metric) and "highest score" in Accuracy().description
+
+
+def table():
+    names = ["cat", "dog", "owl"]
+    return DataFrame(
+        {
+            "clip": list("abcd"),
+            "fold": ["1"] * 4,
+            "label": [names[i] for i in LABELS],
+            "predicted": [names[np.argmax(row)] for row in LOGITS],
+            "logits": [np.array(row, dtype=np.float32) for row in LOGITS],
+        }
+    )
+
+
+def test_scores_by_class_have_names_and_counts():
+    scores = score(table(), ["cat", "dog", "owl"])
+    assert scores["accuracy"] == 0.75 and scores["clips"] == 4
+    assert scores["per_class"]["cat"] == {"accuracy": 0.5, "f1": pytest.approx(2 / 3), "clips": 2}
+    assert json.loads(json.dumps(scores)) == scores
+
+
+def test_a_class_without_clips_is_left_out_rather_than_scored():
+    assert score(table(), ["cat", "dog", "owl", "yak"])["per_class"].keys() == {"cat", "dog", "owl"}
+
+
+def test_tables_align():
+    assert markdown_table([["class", "clips"], ["air", 10], ["gun_shot", 3]]).splitlines() == [
+        "| class    | clips |",
+        "| -------- | ----: |",
+        "| air      |    10 |",
+        "| gun_shot |     3 |",
+    ]
+
+
+def test_plots_are_pictures_with_something_on_them(tmp_path):
+    plot_confusion(table(), ["cat", "dog", "owl"], "title", tmp_path / "confusion.png")
+    log = [{"epoch": e, "loss": 1 / e, "learning_rate": 0.1} for e in (1, 2)]
+    log += [{"epoch": e, "eval_loss": 2 / e, "eval_accuracy": e / 3} for e in (1, 2)]
+    plot_learning_curves(log, "accuracy", tmp_path / "curves.png")
+    for name in ("confusion.png", "curves.png"):
+        picture = imread(tmp_path / name)
+        assert min(picture.shape[:2]) > 300 and picture.std() > 0.05
+    assert len(list(tmp_path.iterdir())) == 2  # nothing half-written is left
+
+
+def test_the_card_says_what_was_measured_and_that_synthetic_data_is(tmp_path):
+    scores = score(table(), ["cat", "dog", "owl"]) | {"folds": ["3"]}
+    metrics = {
+        "dataset": "synthetic", "base_model": None, "labels": ["cat", "dog", "owl"], "sampling_rate": 16000,
+        "validation": scores, "test": scores, "chosen_by": "accuracy", "parameters": 1234567,
+        "trained_parameters": 1000, "steps": 7, "precision": "bf16", "environment": {"hardware": "CPU (x86_64)"}, "skipped": ["a.wav: empty"],
+    }  # fmt: skip
+    card = model_card(metrics, "run", ROOT / "model_cards" / "model.md.jinja")
+    assert card.startswith("---\n") and "pipeline_tag: audio-classification" in card
+    assert "**The data set is synthetic" in card and "1,234,567 parameters" in card and "0.7500" in card
+    assert "Skipped clips: 1" in card and "base_model" not in card
+    real = model_card(
+        metrics | {"dataset": "a/b", "base_model": "c/d", "skipped": []}, "run", ROOT / "model_cards" / "model.md.jinja"
+    )
+    assert "synthetic" not in real and "base_model: c/d" in real and "Skipped" not in real
