@@ -17,6 +17,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from audio_dendrites.config import Recipe, RecipeError
@@ -50,6 +51,9 @@ class AudioTrainer(Trainer):
     def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.learning_rates = learning_rates
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):  # its default folder is named after the host
+                callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
         self.compute_loss_func = partial(classification_loss, label_smoothing=self.args.label_smoothing_factor)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -232,6 +236,11 @@ def prepare_process(args: TrainingArguments) -> None:
         command = process.cmdline()
         if "launch" in command and any(Path(word).name.startswith("accelerate") for word in command[:3]):
             asked = max([asked, *_num_processes(command)])
+    if (started := int(os.environ.get("WORLD_SIZE", 1))) > args.world_size:
+        raise RecipeError(
+            f"{started} processes were started, but each takes itself for the only one and would write the same run "
+            f"folder; on the CPU of a machine with a GPU add --use_cpu"
+        )
     if asked > args.world_size:
         logger.warning(
             "%d processes were asked for, %d runs: on the CPU start them with `torchrun --standalone --nproc_per_node "

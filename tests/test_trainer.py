@@ -90,6 +90,7 @@ def test_a_run_leaves_what_the_design_promises(recipe, tmp_path, capsys):
     assert metrics["test"]["accuracy"] == (predictions["label"] == predictions["predicted"]).mean()
     assert metrics["steps"] == 12 and metrics["test"]["per_class"]["low"]["clips"] == 4
     assert "| test       | 3     |     8 |" in capsys.readouterr().out
+    assert list((folder / "tensorboard").glob("events.*"))
     assert "pipeline_tag: audio-classification" in (folder / "README.md").read_text()
 
 
