@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 # One column of random numbers for each decision about a clip; masks take two more each.
-ROLL, PLACE, MIX, MIX_WEIGHT, MASKS = range(5)
+ROLL, PLACE, GAIN, SHIFT, MIX, MIX_WEIGHT, MASKS = range(7)
 
 
 class AugmentedClips(Dataset):
@@ -67,8 +67,9 @@ class SetEpoch(TrainerCallback):
 class SpectrogramCollator:
     """Examples of any length → one batch, in one vectorised pass.
 
-    Examples with a `draw`, a tuple of integers that keys their random numbers, are rolled, placed, mixed and masked,
-    in this order. Without it short clips are padded at the end and long ones cut there, as ASTFeatureExtractor does.
+    Examples with a `draw`, a tuple of integers that keys their random numbers, are rolled, placed, made louder or
+    softer, shifted, mixed and masked, in this order. Without it short clips are padded at the end and long ones cut
+    there, as ASTFeatureExtractor does.
 
     Attributes:
         max_length: Frames of a batch.
@@ -77,6 +78,9 @@ class SpectrogramCollator:
             normalises.
         random_crop: Random window of longer clips, random place of shorter ones.
         time_roll: Roll by up to so many frames, either way (circular).
+        gain: Louder or softer by up to so much, in the units of the spectrogram; with AST's normalisation 10 dB are
+            ln(10) / (2 * std), 0.25 for AudioSet's.
+        frequency_shift: Up or down by up to so many mel bands; the outermost band fills the gap.
         time_mask, time_masks: Longest time mask in frames and masks a clip (SpecAugment, Park et al. 2019,
             arXiv:1904.08779). Masks hold 0, the mean.
         frequency_mask, frequency_masks: The same over mel bands.
@@ -89,6 +93,8 @@ class SpectrogramCollator:
     padding_value: float = 0.0
     random_crop: bool = True
     time_roll: int = 0
+    gain: float = 0.0
+    frequency_shift: int = 0
     time_mask: int = 0
     time_masks: int = 1
     frequency_mask: int = 0
@@ -129,7 +135,7 @@ class SpectrogramCollator:
         )
 
     def _fit(self, clips: list[torch.Tensor], draws: torch.Tensor | None) -> torch.Tensor:
-        """Roll, then pad or crop to (batch, max_length, bands) by one gather over all frames of the batch."""
+        """Roll, pad or crop to (batch, max_length, bands) by one gather over all frames, then gain and shift."""
         lengths = torch.tensor([len(clip) for clip in clips])
         spare = lengths - self.max_length  # over 0: frames to cut; under 0: frames to pad
         start = torch.zeros_like(spare)
@@ -144,6 +150,12 @@ class SpectrogramCollator:
         first = torch.cumsum(lengths, 0) - lengths
         source = first[:, None] + (frame - roll[:, None]) % lengths[:, None]
         batch = torch.cat(clips)[source].float()
+        if draws is not None and self.gain:
+            batch += (self.gain * (2 * draws[:, GAIN] - 1)).float()[:, None, None]
+        if draws is not None and self.frequency_shift:
+            shift = _below(draws[:, SHIFT], 2 * self.frequency_shift + 1) - self.frequency_shift
+            bands = torch.arange(batch.shape[2])
+            batch = batch.take_along_dim((bands + shift[:, None]).clamp(0, len(bands) - 1)[:, None, :], dim=2)
         return batch.masked_fill_(~inside[:, :, None], self.padding_value)
 
     def _mixup(self, batch: dict[str, torch.Tensor], draws: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -44,8 +44,10 @@ def train(recipe: Recipe) -> None:
 
     extractor = load_extractor(recipe.model, recipe.features)
     model = load_ast(labels, recipe.model, extractor.max_length, extractor.num_mel_bins)
-    check_run_folder(folder, model, args.save_total_limit)
-    checkpoint = find_checkpoint(recipe, labels)
+    check_run_folder(recipe, model)
+    if report.is_finished(folder) and args.resume_from_checkpoint is None:
+        return report.print_summary(folder)
+    checkpoint = find_checkpoint(args, labels)
 
     with args.main_process_first(desc="computing the features"):
         features = extract_features(
@@ -56,9 +58,8 @@ def train(recipe: Recipe) -> None:
             num_proc=recipe.data.preprocessing_num_workers or cpu_count(),
         )
     splits, skipped = drop_bad_clips(splits, features["error"], recipe.data.on_bad_clip)
-    targets = index["label"].map(labels.index).to_numpy()
     examples = {
-        split: ClipFeatures(features.select(rows), targets[rows], extractor.num_mel_bins)
+        split: ClipFeatures(features.select(rows), index["label"].iloc[rows].map(labels.index), extractor.num_mel_bins)
         for split, rows in splits.items()
     }
 
@@ -92,10 +93,12 @@ def train(recipe: Recipe) -> None:
         with writing_to(folder):
             save_run_model(model, extractor, folder)
             report.write_run(folder, recipe, trainer, labels, predictions, skipped, CARD)
+        report.print_summary(folder)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("audio_dendrites").setLevel(logging.INFO)
     try:
         train(parse_recipe(sys.argv[1:]))
     except RecipeError as error:

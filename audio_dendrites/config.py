@@ -97,6 +97,11 @@ class AugmentationArguments:
         default=True, metadata={"help": "Random window of longer clips, random place of shorter."}
     )
     time_roll: int = field(default=0, metadata={"help": "Roll each clip by up to so many frames, either way."})
+    gain: float = field(
+        default=0.0,
+        metadata={"help": "Louder or softer by up to so much, normalised; 10 dB are ln(10) / (2 * std), about 0.25."},
+    )
+    frequency_shift: int = field(default=0, metadata={"help": "Up or down by up to so many mel bands."})
     time_mask: int = field(default=0, metadata={"help": "SpecAugment: longest time mask in frames; 0: none."})
     time_masks: int = field(default=1, metadata={"help": "SpecAugment: time masks a clip."})
     frequency_mask: int = field(default=0, metadata={"help": "SpecAugment: widest mask in mel bands; 0: none."})
@@ -168,6 +173,10 @@ class RunArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any scheduler of transformers."})
     report_to: list[str] | None = field(
         default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, wandb, …, none."}
+    )
+    # Without it early stopping forgets, on a resume, how long there was no better evaluation.
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Restore the early stopping's patience on a resume."}
     )
     # The collator needs the row's `draw`, which no model's forward names.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator needs all columns."})

@@ -151,9 +151,7 @@ def write_run(
     skipped: Sequence[str],
     card_template: Path,
 ) -> None:
-    """Write plots, predictions.parquet, README.md and, last, metrics.json; print the scores.
-
-    A folder that has a metrics.json is complete.
+    """Write plots, predictions.parquet, README.md and, last, metrics.json: a folder that has it is complete.
 
     Args:
         folder: The run folder.
@@ -174,6 +172,16 @@ def write_run(
         path.write_text(model_card(metrics, folder.name, card_template), encoding="utf-8")
     with written_whole(folder / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run folder is complete."""
+    return (folder / "metrics.json").exists()
+
+
+def print_summary(folder: Path) -> None:
+    """Show the scores of a finished run on the terminal."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     print(f"\n{summary(metrics)}\n\nRun folder: {folder}", flush=True)
 
 
@@ -184,6 +192,7 @@ def run_metrics(
     folds = {"validation": recipe.data.validation_folds, "test": recipe.data.test_folds}
     state = trainer.state
     parameters = list(trainer.model.parameters())
+    timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
     return {
         "dataset": recipe.data.dataset,
         "base_model": recipe.model.model,
@@ -197,7 +206,8 @@ def run_metrics(
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "precision": recipe.training.precision,
-        "train_runtime_s": next(log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log),
+        # Of the last stretch, if the run was interrupted.
+        **{key: timing[key] for key in ("train_runtime", "train_steps_per_second", "train_samples_per_second")},
         "processes": recipe.training.world_size,
         "skipped": list(skipped),
         "command": ["train.py", *sys.argv[1:]],

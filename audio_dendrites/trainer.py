@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -136,42 +137,60 @@ def writing_to(folder: str | Path) -> Iterator[None]:
         ) from error
 
 
-def find_checkpoint(recipe: Recipe, labels: list[str]) -> str | None:
+def check_run_folder(recipe: Recipe, model: nn.Module) -> None:
+    """Find out before the training whether the run folder is this run's, can be written and will hold the checkpoints.
+
+    Raises:
+        RecipeError: The folder holds a run of another recipe, there is no permission to write, or the disk is too full.
+    """
+    folder, args = Path(recipe.training.output_dir), recipe.training
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            disk = shutil.disk_usage(folder)
+    except OSError as error:
+        raise RecipeError(
+            f"output_dir: {folder} cannot be written ({error.strerror}); choose another --output_dir"
+        ) from error
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    # A checkpoint holds the weights and Adam's two moments; one more than the limit exists while the oldest is deleted.
+    wanted = weights + ((args.save_total_limit or 1) + 1) * (weights + 2 * trained)
+    if disk.free < wanted:
+        raise RecipeError(
+            f"output_dir: the disk of {folder} has {disk.free / 1e9:.2f} GB left, the run needs about "
+            f"{wanted / 1e9:.2f} GB; free some, choose another --output_dir, or keep fewer with --save_total_limit 1"
+        )
+    holds_run = (folder / "metrics.json").exists() or last_checkpoint(folder)
+    if holds_run and args.resume_from_checkpoint is None and (changed := _changes(recipe, folder / "config.yaml")):
+        raise RecipeError(
+            f"output_dir: {folder} holds a run of another recipe: {'; '.join(changed)}. Choose another --output_dir, "
+            f"delete that one, or go on from it all the same with --resume_from_checkpoint {folder}/checkpoint-…"
+        )
+
+
+def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
     """The checkpoint to go on from: the one the recipe names, else the newest complete one of its run folder.
 
     Raises:
-        RecipeError: The run folder holds checkpoints of another recipe, or the one named is not complete or of other
-            classes.
+        RecipeError: The one named is not complete, or is of other classes.
     """
-    args = recipe.training
-    if args.resume_from_checkpoint is not None:
-        folder = Path(args.resume_from_checkpoint)
-        if fault := _fault(folder):
-            raise RecipeError(f"resume_from_checkpoint: {folder}: {fault}")
-        classes = list(json.loads((folder / "config.json").read_text())["id2label"].values())
-        if classes != labels:
-            raise RecipeError(
-                f"resume_from_checkpoint: {folder} was trained on {len(classes)} classes ({', '.join(classes)}), "
-                f"the recipe has {len(labels)} ({', '.join(labels)}); --model {folder} starts from its weights"
-            )
+    if args.resume_from_checkpoint is None:
+        folder = last_checkpoint(Path(args.output_dir))
+        if folder is None:
+            return None
+        logger.info("Checkpoint found, resuming from %s.", folder)
         return str(folder)
-    checkpoint = last_checkpoint(Path(args.output_dir))
-    if checkpoint is None:
-        return None
-    then = yaml.safe_load(Path(args.output_dir, "config.yaml").read_text(encoding="utf-8"))
-    now = recipe.to_dict()
-    changed = [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted((then.keys() | now.keys()) - CHANGE_NO_RESULT)
-        if then.get(key) != now.get(key)
-    ]
-    if changed:
+    folder = Path(args.resume_from_checkpoint)
+    if fault := _fault(folder):
+        raise RecipeError(f"resume_from_checkpoint: {folder}: {fault}")
+    classes = list(json.loads((folder / "config.json").read_text())["id2label"].values())
+    if classes != labels:
         raise RecipeError(
-            f"output_dir: {args.output_dir} holds checkpoints of another recipe: {'; '.join(changed)}. Choose another "
-            f"--output_dir, delete that one, or go on from it all the same with --resume_from_checkpoint {checkpoint}"
+            f"resume_from_checkpoint: {folder} was trained on {len(classes)} classes ({', '.join(classes)}), "
+            f"the recipe has {len(labels)} ({', '.join(labels)}); --model {folder} starts from its weights"
         )
-    logger.info("Checkpoint found, resuming from %s.", checkpoint)
-    return str(checkpoint)
+    return str(folder)
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -197,40 +216,14 @@ def save_run_model(model: PreTrainedModel, extractor: BatchedASTFeatureExtractor
             os.replace(path, folder / path.name)
 
 
-def check_run_folder(output_dir: Path, model: nn.Module, checkpoints: int | None) -> None:
-    """Find out before the training whether the run folder can be written and will hold the checkpoints.
-
-    Raises:
-        RecipeError: No permission, or a disk too full for one checkpoint and the final model.
-    """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-        free = os.statvfs(output_dir)
-    except OSError as error:
-        raise RecipeError(
-            f"output_dir: {output_dir} cannot be written ({error.strerror}); choose another --output_dir"
-        ) from error
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    # A checkpoint holds the weights and Adam's two moments; one more than the limit exists while the oldest is deleted.
-    wanted = weights + ((checkpoints or 1) + 1) * (weights + 2 * trained)
-    available = free.f_bavail * free.f_frsize
-    if available < wanted:
-        raise RecipeError(
-            f"output_dir: the disk of {output_dir} has {available / 1e9:.2f} GB left, the run needs about "
-            f"{wanted / 1e9:.2f} GB; free some, choose another --output_dir, or keep fewer with --save_total_limit 1"
-        )
-
-
 def prepare_process(args: TrainingArguments) -> None:
     """What the launchers leave undone: say where fewer processes run than were asked for; on the CPU, use its cores.
 
     `accelerate launch --cpu --num_processes 2` starts one process without a word, and any launch on the CPU gives a
     process one thread. `OMP_NUM_THREADS` above 1 is somebody's wish and stays.
     """
+    if args.process_index:
+        logging.getLogger("audio_dendrites").setLevel(logging.ERROR)  # the first process says it for all
     asked = int(os.environ["SLURM_NTASKS"]) if "SLURM_PROCID" in os.environ else 1
     for process in psutil.Process().parents():
         command = process.cmdline()
@@ -255,6 +248,16 @@ def _num_processes(command: list[str]) -> list[int]:
     words = [part for word in command for part in word.split("=", 1)]
     return [
         int(words[i + 1]) for i, word in enumerate(words[:-1]) if word.lstrip("-").replace("-", "_") == "num_processes"
+    ]
+
+
+def _changes(recipe: Recipe, saved: Path) -> list[str]:
+    """What the recipe has otherwise than the saved one, of the fields that change a result."""
+    then, now = yaml.safe_load(saved.read_text(encoding="utf-8")), recipe.to_dict()
+    return [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted((then.keys() | now.keys()) - CHANGE_NO_RESULT)
+        if then.get(key) != now.get(key)
     ]
 
 

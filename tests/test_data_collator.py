@@ -87,6 +87,33 @@ def test_masks_hold_the_mean_span_the_other_axis_and_reach_their_longest():
     assert times == set(range(11)) and bands == set(range(7))
 
 
+def test_gain_is_one_offset_a_clip_that_spares_the_padding():
+    examples = noise(1, frames=40)
+    plain = SpectrogramCollator(60, random_crop=False, padding_value=9.0)(drawn(examples))["input_values"]
+    offsets = []
+    for epoch in range(200):
+        collator = SpectrogramCollator(60, random_crop=False, padding_value=9.0, gain=0.3)
+        louder = collator(drawn(examples, epoch=epoch))["input_values"]
+        offset = (louder - plain)[0, :40]
+        assert torch.equal(louder[0, 40:], plain[0, 40:]) and offset.std() < 1e-6
+        offsets.append(float(offset.mean()))
+    assert -0.3 <= min(offsets) < -0.25 and 0.25 < max(offsets) <= 0.3
+
+
+def test_a_frequency_shift_moves_bands_and_repeats_the_outermost():
+    examples = noise(1)
+    plain = examples[0]["input_values"].astype(np.float32)
+    shifts = set()
+    for epoch in range(100):
+        shifted = SpectrogramCollator(60, frequency_shift=2)(drawn(examples, epoch=epoch))["input_values"][0].numpy()
+        found = [
+            s for s in range(-2, 3) if np.array_equal(shifted, plain[:, np.clip(np.arange(BANDS) + s, 0, BANDS - 1)])
+        ]
+        assert len(found) == 1
+        shifts.update(found)
+    assert shifts == {-2, -1, 0, 1, 2}
+
+
 def test_number_of_masks():
     collator = SpectrogramCollator(60, time_mask=2, time_masks=8)
     masked = max(

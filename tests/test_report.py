@@ -91,10 +91,20 @@ def test_plots_are_pictures_with_something_on_them(tmp_path):
 def test_the_card_says_what_was_measured_and_that_synthetic_data_is(tmp_path):
     scores = score(table(), ["cat", "dog", "owl"]) | {"folds": ["3"]}
     metrics = {
-        "dataset": "synthetic", "base_model": None, "labels": ["cat", "dog", "owl"], "sampling_rate": 16000,
-        "validation": scores, "test": scores, "chosen_by": "accuracy", "parameters": 1234567,
-        "trained_parameters": 1000, "steps": 7, "precision": "bf16", "environment": {"hardware": "CPU (x86_64)"}, "skipped": ["a.wav: empty"],
-    }  # fmt: skip
+        "dataset": "synthetic",
+        "base_model": None,
+        "labels": ["cat", "dog", "owl"],
+        "sampling_rate": 16000,
+        "validation": scores,
+        "test": scores,
+        "chosen_by": "accuracy",
+        "parameters": 1234567,
+        "trained_parameters": 1000,
+        "steps": 7,
+        "precision": "bf16",
+        "environment": {"hardware": "CPU (x86_64)"},
+        "skipped": ["a.wav: empty"],
+    }
     card = model_card(metrics, "run", ROOT / "model_cards" / "model.md.jinja")
     assert card.startswith("---\n") and "pipeline_tag: audio-classification" in card
     assert "**The data set is synthetic" in card and "1,234,567 parameters" in card and "0.7500" in card

@@ -1,7 +1,6 @@
 """Runs of train.py as its user starts them: results, resumption, two processes, bad folders."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -132,6 +131,7 @@ def test_the_stock_trainer_loses_the_encoder_and_ours_restores_it(tmp_path, trai
 
 def test_a_checkpoint_that_lacks_a_tensor_is_an_error(recipe, tmp_path):
     run(recipe(num_train_epochs=1))
+    (tmp_path / "run" / "metrics.json").unlink()
     weights = tmp_path / "run" / "checkpoint-4" / "model.safetensors"
     tensors = load_file(weights)
     tensors["stranger"] = tensors.pop("classifier.dense.bias")
@@ -153,7 +153,8 @@ def test_resume_in_the_middle_of_an_epoch_is_tensor_identical(recipe, tmp_path, 
     for step in range(1, last):
         shutil.rmtree(tmp_path / "run")
         shutil.copytree(whole, tmp_path / "run", ignore=lambda _, names, step=step: [
-            name for name in names if name.startswith("checkpoint-") and int(name[11:]) > step
+            name for name in names
+            if name == "metrics.json" or name.startswith("checkpoint-") and int(name[11:]) > step
         ])  # fmt: skip
         run(recipe(**options))
         for name in ("model.safetensors", f"checkpoint-{last}/model.safetensors"):
@@ -180,6 +181,26 @@ def test_a_killed_run_resumes_and_ends_as_the_uninterrupted_one(recipe, tmp_path
     )
     whole, run_ = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "run"))
     assert whole["test"] == run_["test"] and whole["steps"] == run_["steps"]
+
+
+def test_early_stopping_counts_on_after_a_resume(recipe, tmp_path):
+    options = {"early_stopping_patience": 2, "num_train_epochs": 9, "learning_rate": 1e-9, "save_total_limit": None}
+    run(recipe(**options))
+    steps = json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"]
+    assert steps == 12  # the first epoch is the best, two more are waited for
+    (tmp_path / "run" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    run(recipe(**options))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == steps
+
+
+def test_a_finished_run_is_shown_not_repeated(recipe, tmp_path, capsys):
+    run(recipe(num_train_epochs=1))
+    shown = capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    run(recipe(num_train_epochs=1))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    assert capsys.readouterr().out.strip() == shown[shown.index("| split") :].strip()
 
 
 def test_a_half_written_checkpoint_is_passed_over(recipe, tmp_path, caplog):
@@ -253,13 +274,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_any_training(recipe,
 
 
 def test_a_disk_too_small_is_an_error_before_any_training(recipe, monkeypatch):
-    real = os.statvfs
-
-    def nearly_full(path):
-        found = real(path)
-        return os.statvfs_result((found[0], found[1], found[2], 1, 1, *found[5:10]))
-
-    monkeypatch.setattr(os, "statvfs", nearly_full)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4096))
     with pytest.raises(RecipeError, match="has 0.00 GB left, the run needs about"):
         run(recipe())
 
