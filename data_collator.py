@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import betaincinv
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 # One column of random numbers for each decision about a clip; masks take two more each.
-ROLL, PLACE, GAIN, SHIFT, MIX, MIX_WEIGHT, MASKS = range(7)
+ROLL, PLACE, SHIFT, MIX, MIX_WEIGHT = range(5)
+FILTER = slice(5, 10)
+MASKS = 10
 
 
 class AugmentedClips(Dataset):
@@ -67,8 +70,8 @@ class SetEpoch(TrainerCallback):
 class SpectrogramCollator:
     """Examples of any length → one batch, in one vectorised pass.
 
-    Examples with a `draw`, a tuple of integers that keys their random numbers, are rolled, placed, made louder or
-    softer, shifted, mixed and masked, in this order. Without it short clips are padded at the end and long ones cut
+    Examples with a `draw`, a tuple of integers that keys their random numbers, are rolled, placed, filtered, shifted,
+    mixed and masked, in this order. Without it short clips are padded at the end and long ones cut
     there, as ASTFeatureExtractor does.
 
     Attributes:
@@ -78,8 +81,9 @@ class SpectrogramCollator:
             normalises.
         random_crop: Random window of longer clips, random place of shorter ones.
         time_roll: Roll by up to so many frames, either way (circular).
-        gain: Louder or softer by up to so much, in the units of the spectrogram; with AST's normalisation 10 dB are
-            ln(10) / (2 * std), 0.25 for AudioSet's.
+        filter_gain: A random filter of up to so much gain or loss, in the units of the spectrogram: piecewise linear
+            over the mel bands between five points (after FilterAugment, Nam et al. 2022, arXiv:2110.03282). It stands
+            for other rooms and microphones. With AST's normalisation 10 dB are ln(10) / (2 * std), 0.25 for AudioSet's.
         frequency_shift: Up or down by up to so many mel bands; the outermost band fills the gap.
         time_mask, time_masks: Longest time mask in frames and masks a clip (SpecAugment, Park et al. 2019,
             arXiv:1904.08779). Masks hold 0, the mean.
@@ -93,7 +97,7 @@ class SpectrogramCollator:
     padding_value: float = 0.0
     random_crop: bool = True
     time_roll: int = 0
-    gain: float = 0.0
+    filter_gain: float = 0.0
     frequency_shift: int = 0
     time_mask: int = 0
     time_masks: int = 1
@@ -135,7 +139,7 @@ class SpectrogramCollator:
         )
 
     def _fit(self, clips: list[torch.Tensor], draws: torch.Tensor | None) -> torch.Tensor:
-        """Roll, pad or crop to (batch, max_length, bands) by one gather over all frames, then gain and shift."""
+        """Roll, pad or crop to (batch, max_length, bands) by one gather over all frames, then filter and shift."""
         lengths = torch.tensor([len(clip) for clip in clips])
         spare = lengths - self.max_length  # over 0: frames to cut; under 0: frames to pad
         start = torch.zeros_like(spare)
@@ -150,8 +154,9 @@ class SpectrogramCollator:
         first = torch.cumsum(lengths, 0) - lengths
         source = first[:, None] + (frame - roll[:, None]) % lengths[:, None]
         batch = torch.cat(clips)[source].float()
-        if draws is not None and self.gain:
-            batch += (self.gain * (2 * draws[:, GAIN] - 1)).float()[:, None, None]
+        if draws is not None and self.filter_gain:
+            points = self.filter_gain * (2 * draws[:, None, FILTER] - 1)
+            batch += nn.functional.interpolate(points, batch.shape[2], mode="linear", align_corners=True).float()
         if draws is not None and self.frequency_shift:
             shift = _below(draws[:, SHIFT], 2 * self.frequency_shift + 1) - self.frequency_shift
             bands = torch.arange(batch.shape[2])
@@ -162,7 +167,7 @@ class SpectrogramCollator:
         """Each chosen clip with its neighbour in the batch, whose order the sampler has shuffled."""
         weight = torch.from_numpy(betaincinv(self.mixup_alpha, self.mixup_alpha, draws[:, MIX_WEIGHT].numpy()))
         weight = torch.where(draws[:, MIX] < self.mixup_probability, weight, 1.0).float()
-        labels = torch.nn.functional.one_hot(batch["labels"], self.num_labels).float()
+        labels = nn.functional.one_hot(batch["labels"], self.num_labels).float()
         return {
             "input_values": _blend(batch["input_values"], weight[:, None, None]),
             "labels": _blend(labels, weight[:, None]),

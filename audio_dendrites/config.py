@@ -97,9 +97,9 @@ class AugmentationArguments:
         default=True, metadata={"help": "Random window of longer clips, random place of shorter."}
     )
     time_roll: int = field(default=0, metadata={"help": "Roll each clip by up to so many frames, either way."})
-    gain: float = field(
+    filter_gain: float = field(
         default=0.0,
-        metadata={"help": "Louder or softer by up to so much, normalised; 10 dB are ln(10) / (2 * std), about 0.25."},
+        metadata={"help": "Random filter of up to so much gain, normalised; 10 dB are ln(10) / (2 * std), about 0.25."},
     )
     frequency_shift: int = field(default=0, metadata={"help": "Up or down by up to so many mel bands."})
     time_mask: int = field(default=0, metadata={"help": "SpecAugment: longest time mask in frames; 0: none."})
