@@ -152,6 +152,9 @@ def _checked_count(name: str, module: nn.Module) -> int:
             f"{name}: the neurons are on axis {axis} of the outputs {module.this_output_dimensions.tolist()}, wanted "
             f"axis {LAYERS[kind].channel_axis} for a {kind.__name__}"
         )
+    inner = int(module.dendrite_module.this_node_index)  # set_this_output_dimensions leaves it at the global default
+    if count > 1 and inner != axis:
+        raise ExportError(f"{name}: the neurons are on axis {axis}, its dendrites add to each other on axis {inner}")
     return count
 
 
