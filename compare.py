@@ -164,7 +164,7 @@ def summary(found: Comparison) -> str:
             *(f"{(1 - side.clips['right']).sum():.1f} of {len(side.clips)}" for side in sides),
             "no errors to reduce" if reduction is None else f"{reduction:.1f} % error reduction",
         ],
-        ["clips it alone has right", str(found.lost), str(found.won), f"McNemar's exact p = {found.p:.4f}"],
+        ["clips it alone has right", str(found.lost), str(found.won), f"McNemar's exact p = {found.p:.2g}"],
         ["parameters", *(f"{side.parameters:,.0f}" for side in sides), f"{found.parameters_added_percent:+.2f} %"],
         ["steps", *(_span([str(steps) for steps in side.steps]) for side in sides), ""],
         ["seconds a step", *(f"{side.step_seconds:.4f}" for side in sides), f"× {found.step_time_ratio:.3f}"],

@@ -60,11 +60,12 @@ def perforatedai(activation="sigmoid"):
         yield
 
 
-def grow(model, forward, counts, activation="sigmoid"):
+def grow(model, forward, counts, activation="sigmoid", tracked=()):
     """Put dendrites, `counts` by module name, on a model, and random numbers in every parameter of it.
 
     Args:
         forward: Runs the model and gives a scalar.
+        tracked: Modules that perforatedai wraps without dendrites.
     """
     axes = {name: 1 if isinstance(model.get_submodule(name), nn.Conv2d) else -1 for name in counts}
     ranks, hooks = {}, []
@@ -76,6 +77,7 @@ def grow(model, forward, counts, activation="sigmoid"):
         hook.remove()
     with perforatedai(activation):
         GPA.pc.set_module_ids_to_perforate([f".{name}" for name in counts])
+        GPA.pc.set_module_ids_to_track([f".{name}" for name in tracked])
         UPA.perforate_model(model, save_name="PAI", making_graphs=False)
         modules = {name: model.get_submodule(name) for name in counts}
         for name, module in modules.items():
@@ -113,10 +115,10 @@ def tiny_ast(**fields):
     return ASTForAudioClassification(ASTConfig(max_length=FRAMES, num_labels=3, **TINY_AST, **fields))
 
 
-def live_ast(counts, activation="sigmoid"):
+def live_ast(counts, activation="sigmoid", tracked=()):
     """A tiny AST with dendrites of perforatedai, in evaluation mode."""
     model = tiny_ast()
-    grow(model, lambda: model(inputs(), labels=torch.tensor([0, 1])).loss, counts, activation)
+    grow(model, lambda: model(inputs(), labels=torch.tensor([0, 1])).loss, counts, activation, tracked)
     return model.eval()
 
 
@@ -409,6 +411,13 @@ def test_a_layer_on_which_nothing_grew_is_written_as_the_plain_layer():
     copy = dendritic_copy(live)
     assert set(copy.config.dendrites) == {HEAD} and type(copy.get_submodule(FC1)) is nn.Linear
     assert torch.equal(logits(copy), logits(live))
+
+
+def test_modules_that_perforatedai_only_tracks_come_out_as_they_were():
+    live = live_ast({HEAD: 1, FC1: 2}, tracked=["audio_spectrogram_transformer.layers.0", "classifier.layernorm"])
+    assert any("main_module.attention" in name for name, _ in live.named_parameters())
+    copy = dendritic_copy(live)
+    assert torch.equal(logits(copy), logits(live)) and not any("main_module" in name for name in copy.state_dict())
 
 
 def test_an_export_over_an_older_one_replaces_it_and_leaves_other_files(exported):

@@ -92,7 +92,7 @@ class DendriticLayer(nn.Module):
 
     def _by_channel(self, row: torch.Tensor) -> torch.Tensor:
         """One value a channel, (channels,), in a shape that multiplies the outputs."""
-        return row.view(-1, *[1] * (-1 - self.channel_axis))
+        return row if self.channel_axis == -1 else row.view(-1, *[1] * (-1 - self.channel_axis))
 
     def _multiply(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         raise NotImplementedError
