@@ -51,15 +51,15 @@ def score(predictions: DataFrame, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def predictions_table(index: DataFrame, output: PredictionOutput, labels: Sequence[str]) -> DataFrame:
-    """One row a clip: `clip`, `fold`, `label`, `predicted` (class names) and `logits`, a list of float32.
+    """One row a clip: `clip`, `fold`, `group`, `label`, `predicted` (class names) and `logits`, a list of float32.
 
     Args:
-        index: Rows with `clip`, `fold` and `label`, in the order of the predictions.
+        index: Rows with `clip`, `fold`, `group` (source recording) and `label`, in the order of the predictions.
         output: What `Trainer.predict` gives.
         labels: Class names in the order of the logits.
     """
     logits = output.predictions.astype(np.float32)
-    table = index[["clip", "fold", "label"]].reset_index(drop=True)
+    table = index[["clip", "fold", "group", "label"]].reset_index(drop=True)
     return table.assign(predicted=[labels[i] for i in logits.argmax(1)], logits=list(logits))
 
 

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 from matplotlib.image import imread
 from pandas import DataFrame
+from transformers.trainer_utils import PredictionOutput
 
 from audio_dendrites.metrics import Accuracy, MacroF1, MeanAveragePrecision, PerClassAccuracy
 from audio_dendrites.report import (
@@ -13,6 +14,7 @@ from audio_dendrites.report import (
     model_card,
     plot_confusion,
     plot_learning_curves,
+    predictions_table,
     score,
 )
 
@@ -50,11 +52,19 @@ def table():
         {
             "clip": list("abcd"),
             "fold": ["1"] * 4,
+            "group": list("aabb"),
             "label": [names[i] for i in LABELS],
             "predicted": [names[np.argmax(row)] for row in LOGITS],
             "logits": [np.array(row, dtype=np.float32) for row in LOGITS],
         }
     )
+
+
+def test_predictions_keep_the_source_recording():
+    index = table().drop(columns=["predicted", "logits"])
+    found = predictions_table(index, PredictionOutput(np.array(LOGITS), None, None), ["cat", "dog", "owl"])
+    assert found.columns.tolist() == ["clip", "fold", "group", "label", "predicted", "logits"]
+    assert found.drop(columns="logits").equals(table().drop(columns="logits"))
 
 
 def test_scores_by_class_have_names_and_counts():

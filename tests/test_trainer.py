@@ -81,8 +81,9 @@ def test_a_run_leaves_what_the_design_promises(recipe, tmp_path, capsys):
     }  # fmt: skip
     metrics = json.loads((folder / "metrics.json").read_text())
     predictions = pandas.read_parquet(folder / "predictions.parquet")
-    assert predictions.columns.tolist() == ["clip", "fold", "label", "predicted", "logits"]
+    assert predictions.columns.tolist() == ["clip", "fold", "group", "label", "predicted", "logits"]
     assert predictions["clip"].tolist() == [f"clip-{row}" for row in range(16, 24)]
+    assert predictions["group"].tolist() == [str(row // 2) for row in range(16, 24)]
     assert set(predictions["fold"]) == {"3"} and set(predictions["label"]) == {"high", "low"}
     logits = np.stack(predictions["logits"])
     assert predictions["predicted"].tolist() == [["high", "low"][i] for i in logits.argmax(1)]
