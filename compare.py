@@ -57,7 +57,7 @@ class Side:
     @property
     def step_seconds(self) -> float:
         """Median over the runs; a run's own is its whole training, evaluations included, by its steps."""
-        return statistics.median(metrics["train_runtime_s"] / metrics["steps"] for metrics in self.metrics)
+        return statistics.median(1 / metrics["train_steps_per_second"] for metrics in self.metrics)
 
     @property
     def steps(self) -> list[int]:

@@ -390,7 +390,7 @@ def _clips_of_source(rng: Rng, label: str, source: int, fold: int, slice_seconds
         }
 
 
-def generate_clips(seed: int = 0, clips_per_class: int = 120, folds: int = 10) -> Iterator[dict]:
+def generate_clips(seed: int = 0, clips_per_class: int = 80, folds: int = 10) -> Iterator[dict]:
     """Generate the rows of the data set, class by class and fold by fold.
 
     Args:
@@ -421,7 +421,7 @@ def generate_clips(seed: int = 0, clips_per_class: int = 120, folds: int = 10) -
                 source += 1
 
 
-def load_synthetic(seed: int = 0, clips_per_class: int = 120, cache_dir: str | Path | None = None) -> Dataset:
+def load_synthetic(seed: int = 0, clips_per_class: int = 80, cache_dir: str | Path | None = None) -> Dataset:
     """Generate the data set, or read it from the cache of the datasets library.
 
     Args:

@@ -76,7 +76,7 @@ def write_run(folder, wrong, clips=range(40), parameters=1000, seconds=10.0, **f
     accuracy = np.mean([label == guess for label, guess in zip(labels, predicted, strict=True)])
     metrics = {
         "dataset": "animals", "labels": ["cat", "dog"], "test": {"accuracy": accuracy}, "parameters": parameters,
-        "steps": 20, "train_runtime_s": seconds,
+        "steps": 20, "train_steps_per_second": 20 / seconds,
     }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(metrics | fields))
     return folder
