@@ -8,8 +8,8 @@ A dendrite is a fresh copy of a layer whose activated output is added to the lay
 weights that start at zero: growth leaves the logits as they are, and training goes on with more parameters.
 
 The callback chooses layers, watches a validation metric, grows, keeps the optimizer right, and says what it does. A
-plain `Trainer` in one process needs no more. `PAITrainer`, or `PAITrainerMixin` before a Trainer of yours, adds what only a
-Trainer can do: several processes, `load_best_model_at_end`, exact resumption, and growth in TensorBoard.
+plain `Trainer` in one process needs no more. `PAITrainer`, or `PAITrainerMixin` before a Trainer of yours, adds what only
+a Trainer can do: several processes, `load_best_model_at_end`, exact resumption, and growth in TensorBoard.
 
 Needs torch, transformers, accelerate and perforatedai (tested with 3.2.9). perforatedai keeps its state in module
 variables, so one training at a time grows dendrites in a process; one after the other is fine.
@@ -32,6 +32,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,7 +260,11 @@ def _contained(doing: str) -> Iterator[None]:
     stdin, set_trace = sys.stdin, pdb.set_trace
     sys.stdin, pdb.set_trace = _NoTerminal(), prompted
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with (
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+            warnings.catch_warnings(record=True) as warned,
+        ):
             yield
     except PAIError:
         raise
@@ -271,7 +276,7 @@ def _contained(doing: str) -> Iterator[None]:
         raise PAIError(f"perforatedai failed while {doing}: {reason}. It said: {said}") from error
     finally:
         sys.stdin, pdb.set_trace = stdin, set_trace
-    for line in filter(None, output.getvalue().splitlines()):
+    for line in [*filter(None, output.getvalue().splitlines()), *(str(one.message) for one in warned)]:
         logger.debug("perforatedai: %s", line)
 
 
@@ -785,6 +790,7 @@ class PAICallback(TrainerCallback, ExportableState):
         self.complete = False
         self._layers: list[Layer] = []
         self._pending: float | None = None  # a score that is known and not yet acted on
+        self._evaluated: tuple[int, int] = (0, 0)  # dendrites and parameters of the model that got it
         self._before_growth: float | None = None
         self._restarted_at: int | None = None
         self._names_seen: set[str] = set()
@@ -829,13 +835,14 @@ class PAICallback(TrainerCallback, ExportableState):
             if self._restarted_at is not None:
                 _restart_schedule(lr_scheduler, self._restarted_at, state.max_steps)
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         if not self.active or self.complete or state.global_step == 0 or self._folder is None:
             return
         name = self._metric(args)
         self._names_seen |= set(metrics)
         if name in metrics:
             self._pending = float(metrics[name])
+            self._evaluated = self._dendrites(model), self.parameters(model)
 
     def on_save(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         # The checkpoint just written holds the weights that were evaluated, and the score: a resume grows the same.
@@ -973,13 +980,12 @@ class PAICallback(TrainerCallback, ExportableState):
             logger.warning(
                 "pai: %s is nan at step %d, which counts as no improvement", self._metric(args), state.global_step
             )
-        dendrites = self._dendrites(model)
         states = _dendrite_states(optimizer, model)
         restructured, complete, structure = self._decide(args, state, model, optimizer, score)
         event = "complete" if complete else "" if not restructured else "grown"
-        if event == "grown" and max(structure.values()) <= dendrites:
+        if event == "grown" and max(structure.values()) <= self._evaluated[0]:
             event = "retried"
-        self._note(state, model, score, event, dendrites)
+        self._note(state, model, score, event)
         if restructured:
             newest = None if complete else max(structure.values()) - 1
             keep_state = self.config.optimizer_state == "keep"
@@ -1046,10 +1052,10 @@ class PAICallback(TrainerCallback, ExportableState):
         own = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
         return own + sum(layer.added_by(structure[layer.name]) for layer in self._layers)
 
-    def _note(self, state, model, score: float, event: str, dendrites_before: int | None = None) -> None:
+    def _note(self, state, model, score: float, event: str) -> None:
         """An evaluation and what followed: history, the Trainer's logs, and a line where there was growth."""
-        evaluated = self._dendrites(model) if dendrites_before is None else dendrites_before
-        dendrites, parameters = self._dendrites(model), self.parameters(model)
+        evaluated = self._evaluated[0]
+        dendrites, parameters = (self._dendrites(model), self.parameters(model)) if event else self._evaluated
         step = state.global_step
         self.history.append(
             {
@@ -1152,6 +1158,7 @@ class PAICallback(TrainerCallback, ExportableState):
         self._pending, self._before_growth = values["pending"], values["before_growth"]
         self._restarted_at, self.complete = values["restarted_at"], values["complete"]
         self.history = values["history"]
+        self._evaluated = self._dendrites(model), self.parameters(model)
 
     def restructure(self, folder: Path, model: nn.Module) -> None:
         """Give a live model the structure of a checkpoint, before its weights are loaded."""
