@@ -8,8 +8,8 @@ A dendrite is a fresh copy of a layer whose activated output is added to the lay
 weights that start at zero: growth leaves the logits as they are, and training goes on with more parameters.
 
 The callback chooses layers, watches a validation metric, grows, keeps the optimizer right, and says what it does. A
-plain `Trainer` in one process needs no more. `PAITrainer`, or `PAITrainerMixin` before a Trainer of yours, adds what only
-a Trainer can do: several processes, `load_best_model_at_end`, exact resumption, and growth in TensorBoard.
+plain `Trainer` in one process needs no more. `PAITrainer`, or `PAITrainerMixin` before a Trainer of yours, adds what
+only a Trainer can do: several processes, `load_best_model_at_end`, exact resumption, and growth in TensorBoard.
 
 Needs torch, transformers, accelerate and perforatedai (tested with 3.2.9). perforatedai keeps its state in module
 variables, so one training at a time grows dendrites in a process; one after the other is fine.

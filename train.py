@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from joblib import cpu_count
+from safetensors.torch import save_file
 from transformers import EarlyStoppingCallback, set_seed
 
 from audio_dendrites import report
@@ -27,13 +28,19 @@ from audio_dendrites.trainer import (
     writing_to,
 )
 from data_collator import AugmentedClips, SetEpoch, SpectrogramCollator
+from pai_callback import PAICallback, PAIError, PAITrainerMixin
 
 CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
+
+
+class DendriticAudioTrainer(PAITrainerMixin, AudioTrainer):
+    """AudioTrainer whose checkpoints follow a model that grows."""
 
 
 def train(recipe: Recipe) -> None:
     """One run: data, features, model, training, the test fold once, the run folder."""
     args, folder = recipe.training, Path(recipe.training.output_dir)
+    grower = None if recipe.dendrites.pai is None else PAICallback(recipe.dendrites.pai)
     prepare_process(args)
     set_seed(args.seed)
 
@@ -62,10 +69,10 @@ def train(recipe: Recipe) -> None:
         for split, rows in splits.items()
     }
 
-    callbacks = [SetEpoch()]
+    callbacks = [SetEpoch()] if grower is None else [SetEpoch(), grower]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    trainer = AudioTrainer(
+    trainer = (AudioTrainer if grower is None else DendriticAudioTrainer)(
         model,
         args,
         data_collator=SpectrogramCollator(
@@ -90,13 +97,25 @@ def train(recipe: Recipe) -> None:
     }
     if trainer.is_world_process_zero():
         with writing_to(folder):
-            save_run_model(model, extractor, folder)
+            if grower is not None and grower.active:
+                save_dendritic_model(trainer, folder)
+            else:
+                save_run_model(model, extractor, folder)
             report.write_run(folder, recipe, trainer, labels, predictions, skipped, CARD)
+
+
+def save_dendritic_model(trainer: DendriticAudioTrainer, folder: Path) -> None:
+    """Save a model with dendrites in its live form, which perforatedai alone rebuilds.
+
+    Without a config.json `from_pretrained` refuses the folder, where it would else load an AST without its dendrites.
+    """
+    save_file(trainer.model.state_dict(), folder / "dendritic.safetensors")
+    trainer.pai_callback.write_checkpoint(folder, trainer.model)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         train(parse_recipe(sys.argv[1:]))
-    except RecipeError as error:
+    except (RecipeError, PAIError) as error:
         sys.exit(f"error: {error}")

@@ -184,6 +184,7 @@ def run_metrics(
     folds = {"validation": recipe.data.validation_folds, "test": recipe.data.test_folds}
     state = trainer.state
     parameters = list(trainer.model.parameters())
+    grower = getattr(trainer, "pai_callback", None)  # counts what the model computes with, without scaffolding
     return {
         "dataset": recipe.data.dataset,
         "base_model": recipe.model.model,
@@ -194,7 +195,9 @@ def run_metrics(
         "best_step": state.best_global_step,
         "steps": state.global_step,
         "epochs": state.epoch,
-        "parameters": sum(parameter.numel() for parameter in parameters),
+        "parameters": grower.parameters(trainer.model)
+        if grower is not None and grower.active
+        else sum(parameter.numel() for parameter in parameters),
         "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "precision": recipe.training.precision,
         "train_runtime_s": next(log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log),
