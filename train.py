@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from audio_dendrites import report
 from audio_dendrites.config import Recipe, RecipeError, parse_recipe, write_yaml
 from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
+from audio_dendrites.export import export_dendritic
 from audio_dendrites.features import ClipFeatures, extract_features
 from audio_dendrites.metrics import compute_metrics
 from audio_dendrites.models.ast import learning_rates, load_ast, load_extractor
@@ -23,17 +24,22 @@ from audio_dendrites.trainer import (
     check_run_folder,
     find_checkpoint,
     prepare_process,
-    save_run_model,
     writing_to,
 )
 from data_collator import AugmentedClips, SetEpoch, SpectrogramCollator
+from pai_callback import PAICallback, PAIError, PAITrainerMixin
 
 CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
+
+
+class DendriticAudioTrainer(PAITrainerMixin, AudioTrainer):
+    """AudioTrainer whose checkpoints follow a model that grows."""
 
 
 def train(recipe: Recipe) -> None:
     """One run: data, features, model, training, the test fold once, the run folder."""
     args, folder = recipe.training, Path(recipe.training.output_dir)
+    grower = None if recipe.dendrites.pai is None else PAICallback(recipe.dendrites.pai)
     prepare_process(args)
     set_seed(args.seed)
 
@@ -63,10 +69,10 @@ def train(recipe: Recipe) -> None:
         for split, rows in splits.items()
     }
 
-    callbacks = [SetEpoch()]
+    callbacks = [SetEpoch()] if grower is None else [SetEpoch(), grower]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    trainer = AudioTrainer(
+    trainer = (AudioTrainer if grower is None else DendriticAudioTrainer)(
         model,
         args,
         data_collator=SpectrogramCollator(
@@ -91,7 +97,7 @@ def train(recipe: Recipe) -> None:
     }
     if trainer.is_world_process_zero():
         with writing_to(folder):
-            save_run_model(model, extractor, folder)
+            export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)
             report.write_run(folder, recipe, trainer, labels, predictions, skipped, CARD)
         report.print_summary(folder)
 
@@ -101,5 +107,5 @@ if __name__ == "__main__":
     logging.getLogger("audio_dendrites").setLevel(logging.INFO)
     try:
         train(parse_recipe(sys.argv[1:]))
-    except RecipeError as error:
+    except (RecipeError, PAIError) as error:
         sys.exit(f"error: {error}")

@@ -138,13 +138,25 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if isinstance(self.model_config, str):
-            try:
-                self.model_config = json.loads(self.model_config)
-            except json.JSONDecodeError as error:
-                raise RecipeError(
-                    f"model_config: found {self.model_config!r}, wanted a JSON object ({error})"
-                ) from error
+        self.model_config = _mapping("model_config", self.model_config)
+
+
+@dataclass
+class DendriteArguments:
+    """Whether dendrites grow; the fields of the block are `PAIConfig`'s, in pai_callback.py."""
+
+    _argument_group_name = "dendrites"
+
+    pai: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Grow dendrites: PAIConfig fields, as JSON on the command line: '{\"max_dendrites\": 2}'; "
+            "left out: the plain model."
+        },
+    )
+
+    def __post_init__(self):
+        self.pai = _mapping("pai", self.pai)
 
 
 @dataclass
@@ -198,6 +210,7 @@ class Recipe:
     features: FeatureArguments
     augmentation: AugmentationArguments
     model: ModelArguments
+    dendrites: DendriteArguments
     training: RunArguments
     # Names of the fields that YAML or command line set, beside those of the project's own dataclasses.
     chosen: frozenset[str] = frozenset()
@@ -205,7 +218,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """All fields of ours and each field of `TrainingArguments` that was chosen, as plain YAML types."""
         values = {}
-        for part in (self.data, self.features, self.augmentation, self.model):
+        for part in (self.data, self.features, self.augmentation, self.model, self.dendrites):
             values |= dataclasses.asdict(part)
         elsewhere = set(values) | {"bf16", "fp16", "hub_token"}  # `precision` says the first two
         for name in sorted((set(RunArguments.__annotations__) | self.chosen | {"seed", "output_dir"}) - elsewhere):
@@ -247,7 +260,19 @@ def resolve_precision(asked: str, use_cpu: bool = False) -> str:
     return asked
 
 
-PARTS = (DataArguments, FeatureArguments, AugmentationArguments, ModelArguments, RunArguments)
+def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """A field that is a block in YAML and JSON on the command line."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"{name}: found {value!r}, wanted a JSON object ({error})") from error
+    if value is not None and not isinstance(value, dict):
+        raise RecipeError(f"{name}: found {value!r}, wanted a mapping of its fields")
+    return value
+
+
+PARTS = (DataArguments, FeatureArguments, AugmentationArguments, ModelArguments, DendriteArguments, RunArguments)
 
 
 class _RecipeParser(HfArgumentParser):

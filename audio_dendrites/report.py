@@ -193,6 +193,7 @@ def run_metrics(
     state = trainer.state
     parameters = list(trainer.model.parameters())
     timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
+    grower = getattr(trainer, "pai_callback", None)  # counts what the model computes with, without scaffolding
     return {
         "dataset": recipe.data.dataset,
         "base_model": recipe.model.model,
@@ -203,7 +204,9 @@ def run_metrics(
         "best_step": state.best_global_step,
         "steps": state.global_step,
         "epochs": state.epoch,
-        "parameters": sum(parameter.numel() for parameter in parameters),
+        "parameters": grower.parameters(trainer.model)
+        if grower is not None and grower.active
+        else sum(parameter.numel() for parameter in parameters),
         "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "precision": recipe.training.precision,
         # Of the last stretch, if the run was interrupted.

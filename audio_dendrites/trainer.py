@@ -17,12 +17,11 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from audio_dendrites.config import Recipe, RecipeError
-from audio_dendrites.features import BatchedASTFeatureExtractor
 
 logger = logging.getLogger(__name__)
 
@@ -202,18 +201,6 @@ def last_checkpoint(output_dir: Path) -> Path | None:
         else:
             return folder
     return None
-
-
-def save_run_model(model: PreTrainedModel, extractor: BatchedASTFeatureExtractor, folder: Path) -> None:
-    """Save the model as `from_pretrained` and `pipeline` want it, with the stock feature extractor.
-
-    All files are written in a folder beside and then renamed, so that no half-written model replaces a whole one.
-    """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as beside:
-        model.save_pretrained(beside)
-        extractor.stock().save_pretrained(beside)
-        for path in Path(beside).iterdir():
-            os.replace(path, folder / path.name)
 
 
 def prepare_process(args: TrainingArguments) -> None:
