@@ -622,7 +622,7 @@ def two_processes(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, *program(folder, "distributed")[1:]], env=environment(), capture_output=True, text=True, timeout=240
+        [*command, *program(folder, "distributed")[1:]], env=environment(), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
