@@ -16,7 +16,7 @@ from audio_dendrites import report
 from audio_dendrites.config import Recipe, RecipeError, parse_recipe, write_yaml
 from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
 from audio_dendrites.export import export_dendritic
-from audio_dendrites.features import ClipFeatures, extract_features
+from audio_dendrites.features import ClipFeatures, ExactFeatures, extract_features
 from audio_dendrites.metrics import compute_metrics
 from audio_dendrites.models.ast import learning_rates, load_ast, load_extractor
 from audio_dendrites.trainer import (
@@ -64,8 +64,9 @@ def train(recipe: Recipe) -> None:
             num_proc=recipe.data.preprocessing_num_workers or cpu_count(),
         )
     splits, skipped = drop_bad_clips(splits, features["error"], recipe.data.on_bad_clip)
+    targets = {split: index["label"].iloc[rows].map(labels.index) for split, rows in splits.items()}
     examples = {
-        split: ClipFeatures(features.select(rows), index["label"].iloc[rows].map(labels.index), extractor.num_mel_bins)
+        split: ClipFeatures(features.select(rows), targets[split], extractor.num_mel_bins)
         for split, rows in splits.items()
     }
 
@@ -91,10 +92,11 @@ def train(recipe: Recipe) -> None:
         write_yaml(recipe, folder / "config.yaml")
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    predictions = {
-        split: report.predictions_table(index.iloc[splits[split]], trainer.predict_in_fp32(examples[split]), labels)
-        for split in ("validation", "test")
-    }
+    predictions = {}
+    for split in ("validation", "test"):  # as `pipeline` will see them: exact features, fp32
+        rows = splits[split]
+        exact = ExactFeatures(clips.select(rows), targets[split], extractor, recipe.data.audio_column)
+        predictions[split] = report.predictions_table(index.iloc[rows], trainer.predict_in_fp32(exact), labels)
     if trainer.is_world_process_zero():
         with writing_to(folder):
             export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)

@@ -321,3 +321,30 @@ class ClipFeatures(Dataset):
             }
             for row, clip in zip(rows, clips, strict=True)
         ]
+
+
+class ExactFeatures(Dataset):
+    """The examples of `ClipFeatures` computed anew in float32: what `pipeline` sees, without the cache's rounding.
+
+    Args:
+        clips: Rows with an audio column (bytes or paths).
+        labels: The class number of each row.
+        extractor: Whose `log_mel` to compute.
+        audio_column: The column with the sound.
+    """
+
+    def __init__(
+        self, clips: datasets.Dataset, labels: Sequence[int], extractor: BatchedASTFeatureExtractor, audio_column: str
+    ):
+        self._sound = clips.select_columns(audio_column).cast_column(audio_column, Audio(decode=False))
+        self._labels = np.asarray(labels)
+        self._extractor = extractor
+        self._audio_column = audio_column
+
+    def __len__(self) -> int:
+        return len(self._sound)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """One example: `input_values`, float32 tensor (frames, num_mel_bins), and `labels`, the class number."""
+        waveform = load_waveform(self._sound[row][self._audio_column], self._extractor.sampling_rate)
+        return {"input_values": self._extractor.log_mel([waveform])[0], "labels": int(self._labels[row])}

@@ -59,7 +59,7 @@ SAMPLE_RATES = {8_000: 0.06, 11_025: 0.08, 16_000: 0.26, 22_050: 0.26, 44_100: 0
 SHORT_SHARE = {"car_horn": 0.2, "dog_bark": 0.4, "gun_shot": 0.5}
 
 # How far the sound stands above the street (decibels), by salience: 1 is foreground, 2 background.
-SIGNAL_TO_STREET = {1: (25, 40), 2: (18, 28)}
+SIGNAL_TO_STREET = {1: (25, 45), 2: (20, 32)}
 
 # Two formants (Hz) a vowel, of a child's shorter vocal tract.
 VOWELS = ((1000, 1600), (450, 3000), (650, 2500), (550, 1100), (850, 2200), (400, 3300))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import ASTFeatureExtractor, AutoFeatureExtractor
 
 from audio_dendrites import features
-from audio_dendrites.features import BatchedASTFeatureExtractor, ClipFeatures, extract_features
+from audio_dendrites.features import BatchedASTFeatureExtractor, ClipFeatures, ExactFeatures, extract_features
 
 RATE = 16000
 
@@ -202,6 +202,14 @@ def test_stored_features_are_the_extractors_in_half_precision(clips):
     wanted = ours.log_mel([waveform])[0].half()
     torch.testing.assert_close(result[5]["input_values"], wanted, atol=0, rtol=0)
     assert result[3]["input_values"].shape == (0, 128)
+
+
+def test_exact_features_are_the_extractors_in_full_precision(clips):
+    ours = BatchedASTFeatureExtractor()
+    exact = ExactFeatures(clips, clips["label"], ours, "audio")
+    wanted = ours.log_mel([features.load_waveform(clips[5]["audio"])])[0]
+    torch.testing.assert_close(exact[5]["input_values"], wanted, atol=0, rtol=0)
+    assert exact[5]["labels"] == clips[5]["label"] and len(exact) == len(clips)
 
 
 def test_audio_that_datasets_would_decode_gives_the_same_features(clips):
