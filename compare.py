@@ -56,8 +56,12 @@ class Side:
 
     @property
     def step_seconds(self) -> float:
-        """Median over the runs; a run's own is its whole training, evaluations included, by its steps."""
-        return statistics.median(1 / metrics["train_steps_per_second"] for metrics in self.metrics)
+        """Median over the runs; a run's own is its whole training, evaluations included, by its steps.
+
+        NaN where no run took a step since it was last resumed.
+        """
+        speeds = [metrics["train_steps_per_second"] for metrics in self.metrics if metrics["train_steps_per_second"]]
+        return 1 / statistics.median(speeds) if speeds else float("nan")
 
     @property
     def steps(self) -> list[int]:
