@@ -1,6 +1,6 @@
 """What dendrites cost: live perforatedai, the exported form and the plain layer, on AST-base.
 
-    python benchmarks/dendrites.py [--dendrites 1 2 3] [--batch_size 1] [--frames 400] [--rounds 15] [--device cuda]
+    PYTHONPATH=. python benchmarks/dendrites.py [--dendrites 1 2 3] [--batch_size 1] [--rounds 15] [--device cuda]
 
 Layer by layer and for the whole model, all variants one after the other in each round (A B A B …), in evaluation and
 without gradients; medians of the ratios within a round. "share" is the multiplications of the dendritic layer or model

@@ -1,6 +1,6 @@
 """A training step of AST-base at 400 frames against the stock 1,024, and the share of time spent waiting for data.
 
-    python benchmarks/train_step.py [--batch_size 2] [--rounds 5] [--device cuda --batch_size 48]
+    PYTHONPATH=. python benchmarks/train_step.py [--batch_size 2] [--rounds 5] [--device cuda --batch_size 48]
 
 Steps are forward, backward and AdamW on random batches, timed A B A B … in one run; medians and ratios are printed, and
 a last line of JSON. The wait for data is that of this project's loader: cached features, augmentation, collation.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, load_from_disk
 from torch.utils.data import DataLoader
 from transformers import ASTConfig, ASTForAudioClassification
 
@@ -70,10 +70,11 @@ def data_wait(arguments: argparse.Namespace, folder: Path) -> float:
     """Share of an epoch's time in which the step waits for the next batch of cached features."""
     draws = np.random.default_rng(0)
     clips = arguments.batch_size * arguments.steps
-    rows = ({"input_values": draws.standard_normal(398 * BANDS).astype(np.float16)} for _ in range(clips))
+    values = [draws.standard_normal(398 * BANDS).astype(np.float16) for _ in range(clips)]
     columns = Features({"input_values": List(Value("float16"))})
-    features = Dataset.from_generator(lambda: rows, features=columns, cache_dir=str(folder))
-    examples = AugmentedClips(ClipFeatures(features, draws.integers(0, CLASSES, clips), BANDS))
+    Dataset.from_dict({"input_values": values}, features=columns).save_to_disk(folder)
+    features = ClipFeatures(load_from_disk(folder), draws.integers(0, CLASSES, clips), BANDS)
+    examples = AugmentedClips(features)
     collator = SpectrogramCollator(400, CLASSES, time_roll=50, time_mask=96, frequency_mask=24, mixup_alpha=0.5)
     loader = DataLoader(
         examples, arguments.batch_size, shuffle=True, collate_fn=collator, num_workers=arguments.num_workers
