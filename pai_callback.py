@@ -239,7 +239,7 @@ def _perforatedai():
         PAIError: It is not installed.
     """
     if importlib.util.find_spec("perforatedai") is None:
-        raise PAIError("perforatedai is not installed: pip install perforatedai==3.2.9")
+        raise PAIError("perforatedai is not installed: pip install perforatedai==3.2.9 (Python 3.11 or 3.12)")
     with contextlib.redirect_stdout(io.StringIO()):
         from perforatedai import globals_perforatedai, modules_perforatedai, utils_perforatedai
     return globals_perforatedai, utils_perforatedai, modules_perforatedai
