@@ -2,7 +2,8 @@
 
     accelerate launch train.py configs/quickstart.yaml [--learning_rate 1e-4 ...]
 
-The same command again goes on where the run was interrupted.
+The same command again goes on where the run was interrupted. With `baseline: true` a recipe with dendrites is trained
+without them first, and the two are compared.
 """
 
 import logging
@@ -12,6 +13,7 @@ from pathlib import Path
 from joblib import cpu_count
 from transformers import EarlyStoppingCallback, set_seed
 
+import compare
 from audio_dendrites import report
 from audio_dendrites.config import Recipe, RecipeError, parse_recipe, write_yaml
 from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
@@ -100,14 +102,27 @@ def train(recipe: Recipe) -> None:
     if trainer.is_world_process_zero():
         with writing_to(folder):
             export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)
+            report.check_pipeline(folder, clips.select(splits["test"]), recipe.data.audio_column, predictions["test"])
             report.write_run(folder, recipe, trainer, labels, predictions, skipped, CARD)
         report.print_summary(folder)
+
+
+def main(recipe: Recipe) -> None:
+    """The recipe's run, after that of its baseline if it asks for one, and then their comparison."""
+    if not recipe.dendrites.baseline:
+        return train(recipe)
+    PAICallback(recipe.dendrites.pai)  # what is wrong with it shows before the baseline is trained
+    baseline = recipe.baseline()
+    train(baseline)
+    train(recipe)
+    if recipe.training.process_index == 0:
+        compare.main([baseline.training.output_dir, recipe.training.output_dir])
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("audio_dendrites").setLevel(logging.INFO)
     try:
-        train(parse_recipe(sys.argv[1:]))
+        main(parse_recipe(sys.argv[1:]))
     except (RecipeError, PAIError) as error:
         sys.exit(f"error: {error}")
