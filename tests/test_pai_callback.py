@@ -255,7 +255,7 @@ def test_fp16s_loss_scaling_follows_growth(tmp_path, growth_interval):
 
 def test_a_step_that_overflows_is_left_out_and_growth_goes_on(tmp_path):
     trainer = trainer_for(tmp_path, pai={"max_dendrites": 2, "tries": 9}, max_steps=20, max_grad_norm=0.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # the first gradients are infinite
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)  # at first infinite gradients
     trainer.accelerator.scaler = scaler
     trainer.train()
     assert scaler.get_scale() < 2.0**127
