@@ -118,7 +118,7 @@ def test_revisions_keep_their_whole_tree(hub, api, tmp_path):
     assert {ref.name: ref.target_commit for ref in refs.branches} == {"main": second, "next": first}
     assert [(ref.name, ref.target_commit) for ref in refs.tags] == [("v1", first)]
 
-    with pytest.raises(HfHubHTTPError, match="412.*commit has happened since"):
+    with pytest.raises(HfHubHTTPError, match="commit has happened since"):
         late = [CommitOperationAdd("a.txt", b"four")]
         api.create_commit("me/model", late, commit_message="late", parent_commit=first)
     with pytest.raises(RevisionNotFoundError):
