@@ -244,7 +244,9 @@ def test_cards_are_validated_and_their_metadata_shown(hub, api):
         api.upload_file(repo_id="me/model", path_or_fileobj=b"---\na: [\n---\n", path_in_repo="README.md")
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429, "headers": {"Retry-After": "0"}}, {"cut_after": 9}])
+@pytest.mark.parametrize(
+    "fault", [{"status": 503}, {"status": 429, "headers": {"Retry-After": "0"}}, {"cut_after": 9}, {"cut_after": 0}]
+)
 def test_the_client_tries_failed_uploads_again(hub, api, quick, fault):
     api.create_repo("me/model")
     hub.faults.append(Fault("PUT /_lfs/", times=2, **fault))
