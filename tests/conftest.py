@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before the first import of a Hugging Face library: the tests never reach for the network or the user's caches.
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from datasets import Dataset
+from hub.server import Hub
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +37,13 @@ def wav(samples: np.ndarray, rate: int = 16000) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format="WAV")
     return file.getvalue()
+
+
+@pytest.fixture
+def hub(tmp_path) -> Iterator[Hub]:
+    """A Hub on this machine; `hub.environment(home, token)` is what a process needs to have it as its only one."""
+    with Hub(tmp_path / "hub") as server:
+        yield server
 
 
 @pytest.fixture

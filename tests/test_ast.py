@@ -111,7 +111,7 @@ def test_random_weights_have_no_zero_embeddings():
         ({"model_config": {"max_length": 3}}, 160, "max_length and num_mel_bins are fields of the recipe"),
         ({"model_config": {"hidden_size": "big"}}, 160, "model_config: .*'hidden_size'.*expected int, got str"),
         ({}, 12, "max_length: found 12, wanted at least one patch, 16"),
-        ({"model": "nowhere"}, 160, "(?s)'nowhere'.*hf download.*--model FOLDER"),
+        ({"model": "nowhere"}, 160, "(?s)'nowhere'.*audio_dendrites.data download RECIPE.*--model FOLDER"),
         ({"unfreeze_last_layers": 13}, 160, "unfreeze_last_layers: found 13, wanted 0 to 12"),
     ],
 )

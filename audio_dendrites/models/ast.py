@@ -239,6 +239,6 @@ def _not_found(arguments: ModelArguments, error: Exception) -> RecipeError:
     name = arguments.model
     return RecipeError(
         f"model: {name!r} (revision {arguments.model_revision or 'main'}) is no model folder, and neither the Hub nor "
-        f"the cache gave it. Without network, fetch it elsewhere with `hf download {name}` and set HF_HOME to the same "
-        f"cache, or give a folder: --model FOLDER. ({str(error).splitlines()[0]})"
+        f"the cache gave it. Without network, fetch it elsewhere with `python -m audio_dendrites.data download RECIPE` "
+        f"and set HF_HOME to the same cache, or give a folder: --model FOLDER. ({str(error).splitlines()[0]})"
     )

@@ -1,0 +1,1 @@
+"""A small Hub on this machine, for the tests."""
