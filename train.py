@@ -18,7 +18,7 @@ from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_
 from audio_dendrites.export import export_dendritic
 from audio_dendrites.features import ClipFeatures, ExactFeatures, extract_features
 from audio_dendrites.metrics import compute_metrics
-from audio_dendrites.models.ast import learning_rates, load_ast, load_extractor
+from audio_dendrites.models.loading import check_model, learning_rates, load_extractor, load_model
 from audio_dendrites.trainer import (
     AudioTrainer,
     check_run_folder,
@@ -43,13 +43,14 @@ def train(recipe: Recipe) -> None:
     prepare_process(args)
     set_seed(args.seed)
 
+    extractor = load_extractor(recipe.model, recipe.features)
+    check_model(recipe, extractor)
     with args.main_process_first(desc="loading the data"):
         clips, index = load_clips(recipe.data)
     splits = split_by_fold(index, recipe.data)
     labels = class_names(index, splits, recipe.data)
 
-    extractor = load_extractor(recipe.model, recipe.features)
-    model = load_ast(labels, recipe.model, extractor.max_length, extractor.num_mel_bins)
+    model = load_model(labels, recipe.model, extractor)
     check_run_folder(recipe, model)
     if report.is_finished(folder) and args.resume_from_checkpoint is None:
         return report.print_summary(folder)

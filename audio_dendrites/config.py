@@ -116,13 +116,17 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
+    architecture: Literal["ast", "vit", "cnn14"] | None = field(
+        default=None, metadata={"help": "Family of the network; left out: that of `model`, or ast."}
+    )
     model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a pretrained AST; left out: random weights."}
+        default=None,
+        metadata={"help": "Hub id or folder of a pretrained AST, ViT or CNN14; left out: random weights."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the Hub model."})
     model_config: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "ASTConfig fields to set, as JSON on the command line: '{\"time_stride\": 16}'."},
+        metadata={"help": "Configuration fields to set, as JSON on the command line: '{\"time_stride\": 16}'."},
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2 …; left out: the library chooses."}
