@@ -26,7 +26,7 @@ from audio_dendrites.trainer import (
     prepare_process,
     writing_to,
 )
-from data_collator import AugmentedClips, SetEpoch, SpectrogramCollator
+from data_collator import AugmentedClips, SetEpoch, SpectrogramCollator, WaveformCollator
 from pai_callback import PAICallback, PAIError, PAITrainerMixin
 
 CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
@@ -67,7 +67,7 @@ def train(recipe: Recipe) -> None:
     splits, skipped = drop_bad_clips(splits, features["error"], recipe.data.on_bad_clip)
     targets = {split: index["label"].iloc[rows].map(labels.index) for split, rows in splits.items()}
     examples = {
-        split: ClipFeatures(features.select(rows), targets[split], extractor.num_mel_bins)
+        split: ClipFeatures(features.select(rows), targets[split], extractor.row_width)
         for split, rows in splits.items()
     }
 
@@ -77,8 +77,8 @@ def train(recipe: Recipe) -> None:
     trainer = (AudioTrainer if grower is None else DendriticAudioTrainer)(
         model,
         args,
-        data_collator=SpectrogramCollator(
-            extractor.max_length, len(labels), extractor.padding_level, **vars(recipe.augmentation)
+        data_collator=(WaveformCollator if recipe.model.waveform else SpectrogramCollator)(
+            num_labels=len(labels), **extractor.batch_layout, **recipe.augmentation.settings(recipe.model.waveform)
         ),
         train_dataset=AugmentedClips(examples["train"], args.seed),
         eval_dataset=examples["validation"],

@@ -1,7 +1,7 @@
 """CNN14 of PANNs (Kong et al. 2020, arXiv:1912.10211) on log-mel spectrograms; needs torch and transformers only.
 
-This file is copied into every saved model folder, where `trust_remote_code=True` runs it: it imports nothing of the
-project it comes from.
+This file and dendritic.py are copied into every saved model folder, where `trust_remote_code=True` runs them: they
+import nothing else of the project they come from.
 """
 
 import torch
@@ -10,6 +10,8 @@ from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from .dendritic import DendriticMixin
 
 
 class CNN14Config(PreTrainedConfig):
@@ -23,6 +25,7 @@ class CNN14Config(PreTrainedConfig):
         width: Multiplies the channels of all blocks; 9/64 = 0.140625 gives 1.6 M parameters in place of 80 M.
         block_dropout: Dropout after each block.
         head_dropout: Dropout before the last hidden layer.
+        dendrites, one_product: As in `DendriticASTConfig`.
     """
 
     model_type = "cnn14"
@@ -33,6 +36,8 @@ class CNN14Config(PreTrainedConfig):
     width: float | int = 1.0
     block_dropout: float | int = 0.2
     head_dropout: float | int = 0.5
+    dendrites: dict | None = None
+    one_product: bool = False
 
     @property
     def channels(self) -> list[int]:
@@ -68,7 +73,7 @@ class ConvBlock(nn.Module):
         return functional.avg_pool2d(images, self.pool) if self.pool > 1 else images
 
 
-class CNN14ForAudioClassification(PreTrainedModel):
+class CNN14ForAudioClassification(DendriticMixin, PreTrainedModel):
     """CNN14 with a linear head.
 
     A batch normalisation whose weights are frozen keeps its statistics too.
@@ -89,6 +94,7 @@ class CNN14ForAudioClassification(PreTrainedModel):
         )
         self.fc1 = nn.Linear(config.hidden_size, config.hidden_size)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.add_dendrites()
         self.post_init()
 
     def forward(

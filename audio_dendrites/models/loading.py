@@ -12,16 +12,18 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification, AutoConfig, PreTrainedConfig, PreTrainedModel, ViTConfig
 
+from audio_dendrites.audio import window_samples
 from audio_dendrites.config import FeatureArguments, ModelArguments, Recipe, RecipeError
-from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.features import BatchedASTFeatureExtractor, Waveforms
 from audio_dendrites.models.ast import draw_embeddings, patch_grid, resample_embeddings
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
+from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
 
 logger = logging.getLogger(__name__)
 
 HEAD = re.compile(r"(^|\.)classifier(\.|$)")
-BELOW_THE_LAYERS = re.compile(r"(^|\.)(embeddings|bn0)\.")
+BELOW_THE_LAYERS = re.compile(r"(^|\.)(embeddings|bn0|front_end)\.")
 LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 
 
@@ -34,6 +36,16 @@ def _check_halvings(config: CNN14Config, max_length: int) -> None:
             )
 
 
+def _check_window(config: WaveformConfig, max_length: int) -> None:
+    wanted = getattr(config.backbone, "max_length", max_length)
+    if wanted != max_length:
+        raise RecipeError(f"max_length: found {max_length}, wanted {wanted}, which the AST behind the front end takes")
+
+
+def _field_names(config: type[PreTrainedConfig]) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
 @dataclass(frozen=True)
 class Family:
     """An architecture: its classes, and what sets it apart when it is loaded.
@@ -42,6 +54,7 @@ class Family:
         config, model: The classes.
         starts_from: Model types of the Hub whose weights it takes.
         input_fields: Fields of its configuration that are the feature extractor's, not the recipe's `model_config`.
+        fixed: Fields that no recipe sets.
         shape_free: Fields whose change leaves every pretrained weight alone but those that `adapt` fits.
         check: Raises a RecipeError where a configuration and a number of frames cannot be.
         begin: Completes random weights.
@@ -52,6 +65,7 @@ class Family:
     model: type[PreTrainedModel]
     starts_from: tuple[str, ...]
     input_fields: tuple[str, ...] = ()
+    fixed: frozenset[str] = frozenset({"dendrites", "one_product"})
     shape_free: tuple[str, ...] = ()
     check: Callable[[Any, int], None] = lambda config, max_length: None
     begin: Callable[[Any], None] = lambda model: None
@@ -79,11 +93,22 @@ FAMILIES = {
         input_fields=("num_mel_bins",),
         check=_check_halvings,
     ),
+    "waveform": Family(  # saved by this project, with any of the others inside
+        WaveformConfig,
+        WaveformForAudioClassification,
+        starts_from=(WaveformConfig.model_type,),
+        input_fields=("max_length",),
+        fixed=frozenset(_field_names(WaveformConfig)),
+        shape_free=("max_length",),
+        check=_check_window,
+    ),
 }
 
 
-def load_extractor(model: ModelArguments, features: FeatureArguments) -> BatchedASTFeatureExtractor:
+def load_extractor(model: ModelArguments, features: FeatureArguments) -> BatchedASTFeatureExtractor | Waveforms:
     """The feature extractor of the pretrained model, or ASTFeatureExtractor's defaults, as the recipe changes it.
+
+    With `waveform` its settings become those of the model's front end, and the features are the waveforms.
 
     Raises:
         RecipeError: The pretrained model has none, or a setting makes no sense.
@@ -92,31 +117,47 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Batched
     for name in settings.keys() - {"mean"}:
         if settings[name] <= 0:
             raise RecipeError(f"{name}: found {settings[name]}, wanted a number above 0")
-    # What a ViT of the Hub has beside it prepares pictures.
-    if model.model is None or _pretrained_config(model).model_type == ViTConfig.model_type:
-        return BatchedASTFeatureExtractor(**settings)
-    try:
-        return BatchedASTFeatureExtractor.from_pretrained(model.model, revision=model.model_revision, **settings)
-    except (OSError, ValueError) as error:
-        raise _not_found(model, error) from error
+    pretrained = None if model.model is None else _pretrained_config(model)
+    if isinstance(pretrained, WaveformConfig):
+        return _waveforms_of(model, pretrained, settings)
+    if pretrained is None or pretrained.model_type == ViTConfig.model_type:  # beside which is what prepares pictures
+        log_mel = BatchedASTFeatureExtractor(**settings)
+    else:
+        try:
+            log_mel = BatchedASTFeatureExtractor.from_pretrained(model.model, revision=model.model_revision, **settings)
+        except (OSError, ValueError) as error:
+            raise _not_found(model, error) from error
+    if not model.waveform:
+        return log_mel
+    rate = log_mel.sampling_rate
+    shared = {name: getattr(log_mel, name) for name in ("sampling_rate", "max_length", "num_mel_bins", "mean", "std")}
+    return Waveforms(window_length=window_samples(rate), hop_length=rate // 100, **shared)
 
 
-def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor) -> None:
+def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> None:
     """Find out, before any data is read, whether the model can do what the recipe asks of it.
 
     Raises:
-        RecipeError: As `load_model`, but for the weights; or the model has no gradient checkpointing.
+        RecipeError: As `load_model`, but for the weights; an augmentation needs another kind of input; or the model
+            has no gradient checkpointing.
     """
+    recipe.augmentation.settings(recipe.model.waveform)
+    if recipe.model.trainable_filters and not recipe.model.waveform:
+        raise RecipeError("trainable_filters: found true, but with waveform: false the filters are not in the model")
+    if recipe.model.trainable_filters and recipe.model.unfreeze_last_layers is not None:
+        raise RecipeError(
+            f"unfreeze_last_layers: found {recipe.model.unfreeze_last_layers}, which freezes the mel filters that "
+            f"trainable_filters: true wants trained"
+        )
     family, _, config = _resolve(["", " "], recipe.model, extractor)
     with torch.device("meta"):  # a model without weights
-        model = family.model(config)
-    _set_up(model, recipe.model)
+        model = _set_up(family.model(config), recipe.model, extractor)
     if recipe.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise RecipeError(f"gradient_checkpointing: found true, which {type(model).__name__} does not support")
 
 
 def load_model(
-    labels: Sequence[str], arguments: ModelArguments, extractor: BatchedASTFeatureExtractor
+    labels: Sequence[str], arguments: ModelArguments, extractor: BatchedASTFeatureExtractor | Waveforms
 ) -> PreTrainedModel:
     """A model for these classes and features, with pretrained weights or random ones.
 
@@ -141,8 +182,7 @@ def load_model(
         family.begin(model)
     else:
         model = _with_weights(arguments, family, pretrained, config)
-    _set_up(model, arguments)
-    return model
+    return _set_up(model, arguments, extractor)
 
 
 def learning_rates(
@@ -185,24 +225,26 @@ def layer_of(parameter: str, depth: int) -> int:
 
 
 def _resolve(
-    labels: Sequence[str], arguments: ModelArguments, extractor: BatchedASTFeatureExtractor
+    labels: Sequence[str], arguments: ModelArguments, extractor: BatchedASTFeatureExtractor | Waveforms
 ) -> tuple[Family, PreTrainedConfig | None, PreTrainedConfig]:
     """The family, the configuration of the pretrained model if there is one, and that of the model wanted."""
     pretrained = None if arguments.model is None else _pretrained_config(arguments)
     family = _family(arguments, pretrained)
     settings = dict(arguments.model_config or {})
-    settable = _field_names(family.config) - _field_names(PreTrainedConfig) - set(family.input_fields)
+    settable = _field_names(family.config) - _field_names(PreTrainedConfig) - {*family.input_fields, *family.fixed}
     if strangers := sorted(set(settings) - settable):
         own = f" ({' and '.join(family.input_fields)} are fields of the recipe)" if family.input_fields else ""
         raise RecipeError(
             f"model_config: found {', '.join(strangers)}, wanted fields of {family.config.__name__}: "
-            f"{', '.join(sorted(settable))}{own}"
+            f"{', '.join(sorted(settable)) or 'none'}{own}"
         )
     settings |= {field: getattr(extractor, field) for field in family.input_fields}
     settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if pretrained is not None:
-        kept = _field_names(family.config) - {"architectures", "dtype"}
+        kept = _field_names(family.config) - {"architectures", "dtype", "problem_type"}
         settings = {name: value for name, value in pretrained.to_dict().items() if name in kept} | settings
+    if family.config is WaveformConfig:
+        settings["trainable_filters"] = arguments.trainable_filters
     try:
         config = family.config(**settings)
     except StrictDataclassError as error:
@@ -262,24 +304,58 @@ def _with_weights(
     return model
 
 
-def _set_up(model: PreTrainedModel, arguments: ModelArguments) -> None:
-    """Attention and frozen layers, as the recipe says."""
-    if arguments.attn_implementation is not None:
-        if not model._supports_sdpa:
+def _waveforms_of(model: ModelArguments, pretrained: WaveformConfig, settings: dict[str, Any]) -> Waveforms:
+    """What a saved model with a front end gets; of the recipe's settings only `max_length` may differ from its own."""
+    if not model.waveform:
+        raise RecipeError(f"waveform: found false, but the model {model.model} takes waveforms: wanted true")
+    for name, value in settings.items():
+        if name != "max_length" and value != getattr(pretrained, name):
             raise RecipeError(
-                f"attn_implementation: found {arguments.attn_implementation}, but {type(model).__name__} has no "
+                f"{name}: found {value}, wanted {getattr(pretrained, name)}, which the front end of {model.model} has"
+            )
+    max_length = settings.get("max_length", pretrained.max_length)
+    if max_length is None:
+        raise RecipeError(f"max_length: found none, wanted a number of frames; {model.model} takes any")
+    return Waveforms(
+        max_length=max_length,
+        window_length=pretrained.window_length if pretrained.convention == "kaldi" else 0,
+        **{name: getattr(pretrained, name) for name in ("sampling_rate", "hop_length", "num_mel_bins", "mean", "std")},
+    )
+
+
+def _behind_front_end(model: PreTrainedModel, arguments: ModelArguments, waveforms: Waveforms) -> PreTrainedModel:
+    """A model of spectrograms as one of waveforms."""
+    config = WaveformConfig(
+        backbone=model.config.to_dict(), high_frequency=waveforms.sampling_rate / 2, **vars(waveforms),
+        trainable_filters=arguments.trainable_filters, id2label=model.config.id2label, label2id=model.config.label2id,
+    )  # fmt: skip
+    with torch.device("meta"):  # where the network is drawn in vain
+        whole = WaveformForAudioClassification(config)
+    whole.backbone = model
+    config.backbone = model.config
+    return whole
+
+
+def _set_up(
+    model: PreTrainedModel, arguments: ModelArguments, extractor: BatchedASTFeatureExtractor | Waveforms
+) -> PreTrainedModel:
+    """Attention, front end and frozen layers, as the recipe says."""
+    if arguments.attn_implementation is not None:
+        network = getattr(model, "backbone", model)
+        if not network._supports_sdpa:
+            raise RecipeError(
+                f"attn_implementation: found {arguments.attn_implementation}, but {type(network).__name__} has no "
                 "attention: leave it out"
             )
         try:
-            model.set_attn_implementation(arguments.attn_implementation)
+            network.set_attn_implementation(arguments.attn_implementation)
         except (ImportError, ValueError) as error:
             raise RecipeError(f"attn_implementation: {error}") from error
+    if arguments.waveform and not isinstance(model, WaveformForAudioClassification):
+        model = _behind_front_end(model, arguments, extractor)
     if arguments.unfreeze_last_layers is not None:
         freeze_all_but_last(model, arguments.unfreeze_last_layers)
-
-
-def _field_names(config: type[PreTrainedConfig]) -> set[str]:
-    return {field.name for field in dataclasses.fields(config)}
+    return model
 
 
 def _not_found(arguments: ModelArguments, error: Exception) -> RecipeError:

@@ -1,7 +1,7 @@
 """A Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929) on mel images; needs torch and transformers only.
 
-This file is copied into every saved model folder, where `trust_remote_code=True` runs it: it imports nothing of the
-project it comes from.
+This file and dendritic.py are copied into every saved model folder, where `trust_remote_code=True` runs them: they
+import nothing else of the project they come from.
 """
 
 import torch
@@ -10,14 +10,23 @@ from torch.nn import functional
 from transformers import PreTrainedModel, ViTConfig, ViTModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from .dendritic import DendriticMixin
+
 
 class MelViTConfig(ViTConfig):
-    """`ViTConfig` of a ViT that sees log-mel spectrograms of any size, resized to `image_size`."""
+    """`ViTConfig` of a ViT that sees log-mel spectrograms of any size, resized to `image_size`.
+
+    Args:
+        dendrites, one_product: As in `DendriticASTConfig`.
+    """
 
     model_type = "mel-vit"
 
+    dendrites: dict | None = None
+    one_product: bool = False
 
-class MelViTForAudioClassification(PreTrainedModel):
+
+class MelViTForAudioClassification(DendriticMixin, PreTrainedModel):
     """A ViT whose image is the spectrogram, low bands on top, in each colour; with a linear head on the class token.
 
     The names are those of `ViTForImageClassification`, so that `from_pretrained` takes the weights of any ViT.
@@ -38,6 +47,7 @@ class MelViTForAudioClassification(PreTrainedModel):
         super().__init__(config)
         self.vit = ViTModel(config, add_pooling_layer=False)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.add_dendrites()
         self.post_init()
 
     def forward(
