@@ -152,8 +152,9 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
     family, _, config = _resolve(["", " "], recipe.model, extractor)
     with torch.device("meta"):  # a model without weights
         model = _set_up(family.model(config), recipe.model, extractor)
-    if recipe.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        raise RecipeError(f"gradient_checkpointing: found true, which {type(model).__name__} does not support")
+    network = getattr(model, "backbone", model)
+    if recipe.training.activation_checkpointing and not network.supports_gradient_checkpointing:
+        raise RecipeError(f"activation_checkpointing: found true, which {type(network).__name__} does not support")
 
 
 def load_model(

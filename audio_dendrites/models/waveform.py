@@ -4,6 +4,7 @@ This file is copied, with those of the networks behind it, into every saved mode
 runs it: it imports nothing else of the project it comes from.
 """
 
+import warnings
 from typing import Literal
 
 import torch
@@ -84,11 +85,14 @@ class LogMel(nn.Module):
         self.config = config
         kaldi = config.convention == "kaldi"
         self.fft_length = 1 << (config.window_length - 1).bit_length() if kaldi else config.window_length
-        filters = mel_filter_bank(
-            1 + self.fft_length // 2, config.num_mel_bins, config.low_frequency, config.high_frequency,
-            config.sampling_rate, norm=None if kaldi else "slaney", mel_scale="kaldi" if kaldi else "slaney",
-            triangularize_in_mel_space=kaldi,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            # The lowest of AST's 128 filters lie between two frequencies and are all zero, as its extractor's are.
+            warnings.filterwarnings("ignore", "At least one mel filter has all zero values")
+            filters = mel_filter_bank(
+                1 + self.fft_length // 2, config.num_mel_bins, config.low_frequency, config.high_frequency,
+                config.sampling_rate, norm=None if kaldi else "slaney", mel_scale="kaldi" if kaldi else "slaney",
+                triangularize_in_mel_space=kaldi,
+            )  # fmt: skip
         filters = torch.from_numpy(filters).float()
         if config.trainable_filters:
             self.filters = nn.Parameter(filters)
