@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tone
+from conftest import TINY_CNN14, tone
 from torch import nn
 from torch.nn import functional
 from torchaudio.functional import melscale_fbanks
@@ -15,7 +15,6 @@ from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassificatio
 from audio_dendrites.models.loading import learning_rates, load_model
 from audio_dendrites.models.panns import ConversionError, convert, main
 
-SLIM = {"width": 0.0625, "num_hidden_layers": 3}
 EXTRACTOR = BatchedASTFeatureExtractor(max_length=48, num_mel_bins=16)
 
 
@@ -163,7 +162,7 @@ def test_the_slim_width_has_1_6_million_parameters():
 
 
 def slim(**arguments):
-    return load_model(["a", "b"], ModelArguments(architecture="cnn14", model_config=SLIM, **arguments), EXTRACTOR)
+    return load_model(["a", "b"], ModelArguments(architecture="cnn14", model_config=TINY_CNN14, **arguments), EXTRACTOR)
 
 
 def test_dropout_is_in_training_only_and_the_loss_has_gradients_everywhere():
@@ -216,7 +215,7 @@ def test_a_saved_model_is_loaded_whole_or_with_a_new_head(tmp_path):
 )
 def test_what_a_cnn14_cannot_do_is_an_error(arguments, extractor, message):
     with pytest.raises(RecipeError, match=message):
-        load_model(["a", "b"], ModelArguments(architecture="cnn14", model_config=SLIM, **arguments), extractor)
+        load_model(["a", "b"], ModelArguments(architecture="cnn14", model_config=TINY_CNN14, **arguments), extractor)
 
 
 def test_other_mel_bands_than_the_pretrained_ones_are_an_error(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, TINY_AST, tone, wav
+from conftest import ROOT, TINY_AST, TINY_CNN14, TINY_VIT, tone, wav
 from datasets import Dataset
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, ViTConfig, ViTModel
 
@@ -14,10 +14,6 @@ from audio_dendrites.features import Waveforms
 from audio_dendrites.models.cnn14 import CNN14Config
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
 
-TINY_VIT = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,
-}  # fmt: skip
-TINY_CNN14 = {"width": 0.0625, "num_hidden_layers": 3}
 TINY = {None: TINY_AST, "ast": TINY_AST, "vit": TINY_VIT, "cnn14": TINY_CNN14}
 FRAMES = 48
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import TINY_VIT
 from transformers import (
     ASTConfig,
     AutoFeatureExtractor,
@@ -14,9 +15,6 @@ from audio_dendrites.features import BatchedASTFeatureExtractor
 from audio_dendrites.models.loading import learning_rates, load_extractor, load_model
 from audio_dendrites.models.vit import MelViTForAudioClassification
 
-TINY_VIT = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,
-}  # fmt: skip
 EXTRACTOR = BatchedASTFeatureExtractor(max_length=48)
 
 

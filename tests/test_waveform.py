@@ -10,8 +10,7 @@ import pandas
 import pytest
 import torch
 import yaml
-from conftest import TINY_AST, TONES, tone
-from test_vit import TINY_VIT
+from conftest import TINY_AST, TINY_CNN14, TINY_VIT, TONES, tone
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, Wav2Vec2FeatureExtractor
 
 import train
@@ -21,7 +20,7 @@ from audio_dendrites.models.loading import load_extractor, load_model
 from audio_dendrites.models.waveform import LogMel, WaveformConfig
 from data_collator import AugmentedClips, WaveformCollator
 
-NETWORKS = {"ast": TINY_AST, "vit": TINY_VIT, "cnn14": {"width": 0.0625, "num_hidden_layers": 3}}
+NETWORKS = {"ast": TINY_AST, "vit": TINY_VIT, "cnn14": TINY_CNN14}
 FEATURES = FeatureArguments(max_length=48, mean=-5.0, std=3.0)
 LENGTHS = (400, 3000, 7929, 8000, 20000)
 
