@@ -36,10 +36,12 @@ def _check_halvings(config: CNN14Config, max_length: int) -> None:
             )
 
 
-def _check_window(config: WaveformConfig, max_length: int) -> None:
+def _check_backbone(config: WaveformConfig, max_length: int) -> None:
     wanted = getattr(config.backbone, "max_length", max_length)
     if wanted != max_length:
         raise RecipeError(f"max_length: found {max_length}, wanted {wanted}, which the AST behind the front end takes")
+    if isinstance(config.backbone, CNN14Config):
+        _check_halvings(config.backbone, max_length)
 
 
 def _field_names(config: type[PreTrainedConfig]) -> set[str]:
@@ -100,7 +102,7 @@ FAMILIES = {
         input_fields=("max_length",),
         fixed=frozenset(_field_names(WaveformConfig)),
         shape_free=("max_length",),
-        check=_check_window,
+        check=_check_backbone,
     ),
 }
 
@@ -130,8 +132,10 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Batched
     if not model.waveform:
         return log_mel
     rate = log_mel.sampling_rate
-    shared = {name: getattr(log_mel, name) for name in ("sampling_rate", "max_length", "num_mel_bins", "mean", "std")}
-    return Waveforms(window_length=window_samples(rate), hop_length=rate // 100, **shared)
+    return Waveforms(
+        rate, log_mel.max_length, window_samples(rate), rate // 100, log_mel.num_mel_bins,
+        mean=log_mel.mean if log_mel.do_normalize else 0.0, std=log_mel.std if log_mel.do_normalize else 0.5,
+    )  # fmt: skip
 
 
 def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> None:
