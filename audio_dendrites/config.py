@@ -130,6 +130,12 @@ class ModelArguments:
     unfreeze_last_layers: int | None = field(
         default=None, metadata={"help": "Train only the last N layers and the head; left out: everything."}
     )
+    patchout_time: int = field(
+        default=0, metadata={"help": "Patchout: in training, drop so many columns of patches from a batch."}
+    )
+    patchout_frequency: int = field(
+        default=0, metadata={"help": "Patchout: in training, drop so many rows of patches from a batch."}
+    )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the classification head; left out: learning_rate."}
     )
