@@ -24,6 +24,7 @@ from pandas import DataFrame
 
 from audio_dendrites.config import RecipeError, written_whole
 from audio_dendrites.report import markdown_table
+from audio_dendrites.runs import check_same_task, read_run, refuse
 from audio_dendrites.statistics import bootstrap_interval, error_reduction, mcnemar_exact
 
 matplotlib.use("agg")
@@ -125,16 +126,16 @@ def read_side(folders: Sequence[Path]) -> Side:
     Raises:
         RecipeError: A folder is no finished run, or the runs do not fit together.
     """
-    runs = [_read_run(folder) for folder in folders]
+    runs = [read_run(folder) for folder in folders]
     rows = pandas.concat([table for _, table in runs])
     by_clip = rows.assign(right=rows["label"] == rows["predicted"]).groupby("clip")
     clips = by_clip.agg(
         label=("label", "first"), group=("group", "first"), right=("right", "mean"), runs=("right", "size")
     )
     for column in ("label", "group"):
-        _refuse(by_clip.size()[by_clip[column].nunique() > 1], f"{_names(folders)} differ in the {column} of")
+        refuse(by_clip.size()[by_clip[column].nunique() > 1], f"{_names(folders)} differ in the {column} of")
     few, many = clips["runs"].min(), clips["runs"].max()
-    _refuse(
+    refuse(
         clips[clips["runs"] == few] if few < many else clips[:0],
         f"{_names(folders)}: wanted as many runs for every clip, but most have {many} and {few} tested",
     )
@@ -294,48 +295,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
-    """metrics.json and predictions.parquet of one run."""
-    for name in ("metrics.json", "predictions.parquet"):
-        if not (folder / name).is_file():
-            raise RecipeError(
-                f"{folder} has no {name}: it is no run folder, or its run has not finished; the same train.py command "
-                "goes on with it"
-            )
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    predictions = pandas.read_parquet(folder / "predictions.parquet")
-    if "group" not in predictions:
-        raise RecipeError(
-            f"{folder}/predictions.parquet has no column 'group' (source recording), it has "
-            f"{', '.join(predictions.columns)}: an older train.py wrote it; train again"
-        )
-    return metrics, predictions
-
-
 def _check_same_test(baseline: Side, dendritic: Side) -> None:
-    runs = [
-        *zip(baseline.folders, baseline.metrics, strict=True),
-        *zip(dendritic.folders, dendritic.metrics, strict=True),
-    ]
-    first, metrics = runs[0]
-    for folder, other in runs[1:]:
-        for field in ("dataset", "labels"):
-            if other[field] != metrics[field]:
-                raise RecipeError(
-                    f"{field}: {first} was tested on {metrics[field]}, {folder} on {other[field]}; wanted the same"
-                )
+    check_same_task([*baseline.folders, *dendritic.folders], [*baseline.metrics, *dendritic.metrics])
     ours, theirs = baseline.clips, dendritic.clips
-    _refuse(ours.loc[ours.index.difference(theirs.index)], f"{_names(dendritic.folders)} did not test")
-    _refuse(theirs.loc[theirs.index.difference(ours.index)], f"{_names(baseline.folders)} did not test")
+    refuse(ours.loc[ours.index.difference(theirs.index)], f"{_names(dendritic.folders)} did not test")
+    refuse(theirs.loc[theirs.index.difference(ours.index)], f"{_names(baseline.folders)} did not test")
     for column in ("label", "group"):
-        _refuse(ours[ours[column] != theirs[column]], f"baseline and dendritic runs differ in the {column} of")
-
-
-def _refuse(clips: DataFrame | pandas.Series, fault: str) -> None:
-    """Raise an error that names the clips, if there are any."""
-    if len(clips):
-        names = ", ".join(map(str, clips.index[:3]))
-        raise RecipeError(f"{fault} {len(clips)} clips ({names}{', …' if len(clips) > 3 else ''})")
+        refuse(ours[ours[column] != theirs[column]], f"baseline and dendritic runs differ in the {column} of")
 
 
 def _names(folders: Sequence[Path]) -> str:

@@ -37,6 +37,10 @@ CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
 class DendriticAudioTrainer(PAITrainerMixin, AudioTrainer):
     """AudioTrainer whose checkpoints follow a model that grows."""
 
+    @property
+    def structure_since(self) -> int:
+        return max((entry["step"] for entry in self.pai_callback.history if entry["event"]), default=0)
+
 
 def train(recipe: Recipe) -> None:
     """One run: data, features, model, training, the test fold once, the run folder."""
@@ -90,6 +94,8 @@ def train(recipe: Recipe) -> None:
         learning_rates=learning_rates(
             model, args.learning_rate, recipe.model.head_learning_rate, recipe.model.layer_decay
         ),
+        average_checkpoints=args.average_checkpoints,
+        ema_decay=args.ema_decay,
     )
     if trainer.is_world_process_zero():
         write_yaml(recipe, folder / "config.yaml")

@@ -163,6 +163,12 @@ class ModelArguments:
     unfreeze_last_layers: int | None = field(
         default=None, metadata={"help": "Train only the last N layers and the head; left out: everything."}
     )
+    patchout_time: int = field(
+        default=0, metadata={"help": "Patchout: in training, drop so many columns of patches from a batch."}
+    )
+    patchout_frequency: int = field(
+        default=0, metadata={"help": "Patchout: in training, drop so many rows of patches from a batch."}
+    )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the classification head; left out: learning_rate."}
     )
@@ -213,6 +219,14 @@ class RunArguments(TrainingArguments):
         default=None,
         metadata={"help": "Stop after so many evaluations without a better one; left out: never."},
     )
+    average_checkpoints: int | None = field(
+        default=None,
+        metadata={"help": "End with the mean weights of the last N checkpoints, not with the best one's."},
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate, and end with, a moving average of the weights: 0.999 looks back 1,000 steps."},
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "no, steps, epoch or best."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; under 1: a share."})
@@ -239,6 +253,26 @@ class RunArguments(TrainingArguments):
         # TrainingArguments refuses bf16 without a GPU unless it is told that the CPU is meant.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        self._check_averages()
+
+    def _check_averages(self) -> None:
+        count, limit = self.average_checkpoints, self.save_total_limit
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise RecipeError(f"ema_decay: found {self.ema_decay}, wanted a number between 0 and 1")
+        if count is None:
+            return
+        if count < 2:
+            raise RecipeError(f"average_checkpoints: found {count}, wanted 2 or more")
+        if self.ema_decay is not None:
+            raise RecipeError("average_checkpoints and ema_decay both average the weights: choose one of them")
+        if self.save_strategy == "no":
+            raise RecipeError("average_checkpoints: save_strategy 'no' saves none; wanted epoch or steps")
+        wanted = count + (self.metric_for_best_model is not None)  # the best checkpoint may be an older one
+        if limit is not None and limit < wanted:
+            raise RecipeError(
+                f"average_checkpoints: found {count}, but only {limit} checkpoints are kept; wanted save_total_limit "
+                f"{wanted} or more: the last {count}{' and the best' if wanted > count else ''}"
+            )
 
 
 @dataclass
@@ -253,6 +287,12 @@ class Recipe:
     training: RunArguments
     # Names of the fields that YAML or command line set, beside those of the project's own dataclasses.
     chosen: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        if self.training.ema_decay is not None and self.dendrites.pai is not None:
+            raise RecipeError(
+                "ema_decay: a moving average cannot follow a model that grows dendrites; average_checkpoints can"
+            )
 
     def baseline(self) -> "Recipe":
         """The same recipe without dendrites, in a run folder beside."""

@@ -235,6 +235,7 @@ def run_metrics(
         **{split: score(table, labels) | {"folds": folds[split]} for split, table in predictions.items()},
         "chosen_by": recipe.training.metric_for_best_model,
         "best_step": state.best_global_step,
+        "averaged_steps": getattr(trainer, "averaged_steps", []),  # else the best step's weights are the final ones
         "steps": state.global_step,
         "epochs": state.epoch,
         "parameters": grower.parameters(trainer.model)

@@ -1,5 +1,6 @@
-"""The Hugging Face Trainer with checkpoints that restore every tensor and a learning rate for each layer."""
+"""The Hugging Face Trainer with exact checkpoints, averages of weights, and a learning rate for each layer."""
 
+import contextlib
 import json
 import logging
 import os
@@ -7,7 +8,6 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +16,13 @@ import psutil
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from audio_dendrites.averaging import MovingAverage, average_weights
 from audio_dendrites.config import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
@@ -46,11 +48,33 @@ class AudioTrainer(Trainer):
 
     Args:
         learning_rates: Learning rate of each parameter by name; none gives all `args.learning_rate`.
+        average_checkpoints: End with the mean weights of so many last checkpoints in the place of the best one's.
+        ema_decay: Evaluate, and end with, the moving average of the weights; see `MovingAverage`.
+
+    Attributes:
+        averaged_steps: Steps whose checkpoints the weights are the mean of; empty where they are not averaged.
+        structure_since: Step since which a weight means what it means now. Checkpoints up to it are not averaged; a
+            model that grows changes it.
     """
 
-    def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
+    structure_since = 0
+
+    def __init__(
+        self,
+        *args,
+        learning_rates: dict[str, float] | None = None,
+        average_checkpoints: int | None = None,
+        ema_decay: float | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.learning_rates = learning_rates
+        self.averaged_steps: list[int] = []
+        self.ema = None if ema_decay is None else MovingAverage(ema_decay)
+        if self.ema is not None:
+            self.add_callback(self.ema)
+        if average_checkpoints is not None:  # before other callbacks end the training, such as one that grows the model
+            self.callback_handler.callbacks.insert(0, _AverageAtEnd(self, average_checkpoints))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):  # its default folder is named after the host
                 callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
@@ -78,6 +102,55 @@ class AudioTrainer(Trainer):
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         return self.predict(dataset, metric_key_prefix="test")
 
+    def evaluation_loop(self, *args, **kwargs):
+        with contextlib.nullcontext() if self.ema is None else self.ema.in_place_of(self.model):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def load_average(self, count: int) -> None:
+        """Give the model the mean weights of the last checkpoints; where there are fewer than `count`, of those.
+
+        Args:
+            count: How many checkpoints.
+        """
+        steps = {int(folder.name.split("-")[-1]): folder for folder in whole_checkpoints(Path(self.args.output_dir))}
+        usable = sorted(step for step in steps if self.structure_since < step <= self.state.global_step)
+        self.averaged_steps = usable[-count:]
+        if len(usable) < count:
+            logger.warning(
+                "average_checkpoints: %d asked for, %d saved%s.", count, len(usable),
+                f" since the last growth (step {self.structure_since})" if self.structure_since else "",
+            )  # fmt: skip
+        if not usable:
+            return
+        folders = [steps[step] for step in self.averaged_steps]
+        average = Path(self.args.output_dir, ".average")
+        if self.args.should_save:
+            with writing_to(average):
+                average.mkdir(exist_ok=True)
+                for path in folders[-1].glob("*.json"):  # among them, what rebuilds a model that has grown
+                    shutil.copy(path, average)
+                save_file(average_weights(folders), average / "model.safetensors")
+        self.accelerator.wait_for_everyone()
+        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, str(average)
+        self._load_best_model()  # the way by which any kind of model gets another's structure and weights
+        self.state.best_model_checkpoint = best
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(average)
+        logger.info(
+            "The weights are the mean of the checkpoints of steps %s.", ", ".join(map(str, self.averaged_steps))
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            self.ema.resumed = Path(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.ema is not None:
+            self.ema.load(self.state.best_model_checkpoint)
+
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         with writing_to(self.args.output_dir):
             super()._save_checkpoint(model, trial)
@@ -88,6 +161,8 @@ class AudioTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
             self.processing_class.save_pretrained(output_dir)
+            if self.ema is not None:
+                self.ema.save(output_dir)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         if load_result.missing_keys or load_result.unexpected_keys:
@@ -96,6 +171,14 @@ class AudioTrainer(Trainer):
                 f"({len(load_result.missing_keys)} tensors) and has {load_result.unexpected_keys[:5]} "
                 f"({len(load_result.unexpected_keys)}) that the model has not"
             )
+
+
+class _AverageAtEnd(TrainerCallback):
+    def __init__(self, trainer: AudioTrainer, count: int):
+        self.trainer, self.count = trainer, count
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.load_average(self.count)
 
 
 def classification_loss(
@@ -118,7 +201,7 @@ def classification_loss(
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch / entries_a_clip)
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing_to(folder: str | Path) -> Iterator[None]:
     """Turn what libraries raise when the disk is full or fails into an error that says how to go on.
 
@@ -153,8 +236,10 @@ def check_run_folder(recipe: Recipe, model: nn.Module) -> None:
         ) from error
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    # A checkpoint holds the weights and Adam's two moments; one more than the limit exists while the oldest is deleted.
-    wanted = weights + ((args.save_total_limit or 1) + 1) * (weights + 2 * trained)
+    # A checkpoint holds the weights, their moving average if there is one, and Adam's two moments; one more than the
+    # limit exists while the oldest is deleted.
+    checkpoint = weights * (1 if args.ema_decay is None else 2) + 2 * trained
+    wanted = weights + ((args.save_total_limit or 1) + 1) * checkpoint
     if disk.free < wanted:
         raise RecipeError(
             f"output_dir: the disk of {folder} has {disk.free / 1e9:.2f} GB left, the run needs about "
@@ -194,13 +279,17 @@ def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run folder; one that a kill left half-written is passed over and named."""
+    return next(whole_checkpoints(output_dir), None)
+
+
+def whole_checkpoints(output_dir: Path) -> Iterator[Path]:
+    """The complete checkpoints of a run folder, newest first; others are passed over and named."""
     folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         if fault := _fault(folder):
             logger.warning("Checkpoint %s is passed over: %s.", folder, fault)
         else:
-            return folder
-    return None
+            yield folder
 
 
 def prepare_process(args: TrainingArguments) -> None:

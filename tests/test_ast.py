@@ -176,3 +176,41 @@ def test_the_extractor_comes_from_the_model_and_the_recipe_changes_it(pretrained
 def test_a_senseless_feature_setting_is_an_error(field):
     with pytest.raises(RecipeError, match=f"{field}: found 0, wanted a number above 0"):
         load_extractor(ModelArguments(), FeatureArguments(**{field: 0}))
+
+
+def test_patchout_drops_whole_rows_and_columns_behind_the_position_embeddings():
+    model = load_ast(LABELS, ModelArguments(model_config=TINY_AST, patchout_time=2, patchout_frequency=3), 160)
+    embeddings, inputs = model.audio_spectrogram_transformer.embeddings, torch.randn(4, 160, 128)
+    whole = embeddings.eval()(inputs)
+    assert whole.shape[1] == 2 + 8 * 10  # evaluation sees every patch
+    drawn = set()
+    for _ in range(5):
+        kept = embeddings.train()(inputs)
+        assert kept.shape[1] == 2 + 5 * 8 and torch.equal(kept[:, :2], whole[:, :2])
+        at = [int((whole[0] - token).abs().sum(1).argmin()) for token in kept[0]]
+        assert torch.equal(kept, whole[:, at])  # the same patches of every clip, with their position
+        rows, columns = {(i - 2) // 10 for i in at[2:]}, {(i - 2) % 10 for i in at[2:]}
+        assert len(rows) == 5 and len(columns) == 8 and at[2:] == sorted(at[2:])
+        drawn.add((*rows, *columns))
+    assert len(drawn) > 1
+    model.train()(inputs, labels=torch.zeros(4, dtype=torch.long)).loss.backward()
+    torch.manual_seed(1)
+    first = embeddings.train()(inputs)
+    torch.manual_seed(1)
+    assert torch.equal(embeddings(inputs), first)  # torch's random state, which a checkpoint holds, is the only one
+
+
+def test_a_model_trained_with_patchout_is_saved_as_any_other(tmp_path):
+    model = load_ast(LABELS, ModelArguments(model_config=TINY_AST, patchout_time=2), 160).eval()
+    model.save_pretrained(tmp_path)
+    inputs = torch.randn(2, 160, 128)
+    again = ASTForAudioClassification.from_pretrained(tmp_path)
+    assert torch.equal(again.eval()(inputs).logits, model(inputs).logits)
+    assert torch.equal(again.train()(inputs).logits, model(inputs).logits)  # nothing is dropped, there is no dropout
+    assert again.config.to_diff_dict().keys().isdisjoint({"patchout_time", "patchout_frequency"})
+
+
+@pytest.mark.parametrize(("field", "count"), [("patchout_time", 10), ("patchout_frequency", 8), ("patchout_time", -1)])
+def test_patchout_leaves_something(field, count):
+    with pytest.raises(RecipeError, match=f"{field}: found {count}, wanted 0 to"):
+        load_ast(LABELS, ModelArguments(model_config=TINY_AST, **{field: count}), 160)

@@ -192,9 +192,9 @@ def test_a_checkpoint_that_lacks_a_tensor_is_an_error(recipe, tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resume_in_the_middle_of_an_epoch_is_tensor_identical(recipe, tmp_path, accumulation):
     options = {
-        "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None,
+        "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 99,
         "num_train_epochs": 2, "gradient_accumulation_steps": accumulation, "dataloader_num_workers": 1,
-        "model_config": TINY_AST | {"hidden_dropout_prob": 0.1},
+        "model_config": TINY_AST | {"hidden_dropout_prob": 0.1}, "patchout_time": 1, "patchout_frequency": 2,
     }  # fmt: skip
     run(recipe(**options))
     whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")

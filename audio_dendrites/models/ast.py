@@ -1,6 +1,7 @@
 """Audio Spectrogram Transformer (Gong et al. 2021, arXiv:2104.01778): its grid of patches and position embeddings."""
 
 import logging
+from functools import partial
 
 import torch
 from torch import nn
@@ -79,3 +80,36 @@ def patch_grid(config: ASTConfig) -> tuple[int, int]:
         (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1,
         (config.max_length - config.patch_size) // config.time_stride + 1,
     )
+
+
+def add_patchout(model: ASTForAudioClassification, frequency: int, time: int) -> None:
+    """Drop rows and columns of patches while training: less to compute, and a regulariser.
+
+    This is the structured patchout of PaSST (Koutini et al. 2022, arXiv:2110.05069): behind the position embeddings,
+    the same patches in all clips of a batch. They are drawn from torch's own random state, which checkpoints hold, as
+    dropout's are. Evaluation sees every patch, and a saved model knows nothing of it.
+
+    Args:
+        model: Changed in place, by a hook.
+        frequency: Rows of the grid to drop.
+        time: Columns of the grid to drop.
+
+    Raises:
+        RecipeError: Nothing would be left.
+    """
+    grid = patch_grid(model.config)
+    for field, dropped, count in (("patchout_frequency", frequency, grid[0]), ("patchout_time", time, grid[1])):
+        if not 0 <= dropped < count:
+            raise RecipeError(f"{field}: found {dropped}, wanted 0 to {count - 1}: the model has {count} patches there")
+    model.audio_spectrogram_transformer.embeddings.register_forward_hook(partial(_patchout, grid, (frequency, time)))
+
+
+def _patchout(
+    grid: tuple[int, int], dropped: tuple[int, int], embeddings: nn.Module, inputs: tuple, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Tokens (batch, 2 + kept frequency · kept time, width) of (batch, 2 + frequency · time, width)."""
+    if not embeddings.training:
+        return tokens
+    rows, columns = (torch.randperm(n)[: n - less].sort().values for n, less in zip(grid, dropped, strict=True))
+    patches = SPECIAL_TOKENS + (rows[:, None] * grid[1] + columns).flatten()
+    return tokens[:, torch.cat([torch.arange(SPECIAL_TOKENS), patches]).to(tokens.device)]

@@ -15,7 +15,7 @@ from transformers import ASTConfig, ASTForAudioClassification, AutoConfig, PreTr
 from audio_dendrites.audio import window_samples
 from audio_dendrites.config import FeatureArguments, ModelArguments, Recipe, RecipeError
 from audio_dendrites.features import BatchedASTFeatureExtractor, Waveforms
-from audio_dendrites.models.ast import draw_embeddings, patch_grid, resample_embeddings
+from audio_dendrites.models.ast import add_patchout, draw_embeddings, patch_grid, resample_embeddings
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
@@ -356,6 +356,13 @@ def _set_up(
             network.set_attn_implementation(arguments.attn_implementation)
         except (ImportError, ValueError) as error:
             raise RecipeError(f"attn_implementation: {error}") from error
+    if arguments.patchout_frequency or arguments.patchout_time:
+        network = getattr(model, "backbone", model)
+        if not isinstance(network, ASTForAudioClassification):
+            raise RecipeError(
+                f"patchout_frequency, patchout_time: drop patches of an AST, and this is a {type(network).__name__}"
+            )
+        add_patchout(network, arguments.patchout_frequency, arguments.patchout_time)
     if arguments.waveform and not isinstance(model, WaveformForAudioClassification):
         model = _behind_front_end(model, arguments, extractor)
     if arguments.unfreeze_last_layers is not None:

@@ -1,0 +1,59 @@
+"""Finished run folders, read: metrics.json and predictions.parquet, and whether several are of one test."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+from pandas import DataFrame, Series
+
+from audio_dendrites.config import RecipeError
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
+    """metrics.json and predictions.parquet of one run.
+
+    Raises:
+        RecipeError: The folder is no finished run, or one of an older train.py.
+    """
+    for name in ("metrics.json", "predictions.parquet"):
+        if not (folder / name).is_file():
+            raise RecipeError(
+                f"{folder} has no {name}: it is no run folder, or its run has not finished; the same train.py command "
+                "goes on with it"
+            )
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    predictions = pandas.read_parquet(folder / "predictions.parquet")
+    if "group" not in predictions:
+        raise RecipeError(
+            f"{folder}/predictions.parquet has no column 'group' (source recording), it has "
+            f"{', '.join(predictions.columns)}: an older train.py wrote it; train again"
+        )
+    return metrics, predictions
+
+
+def check_same_task(folders: Sequence[Path], metrics: Sequence[dict[str, Any]]) -> None:
+    """Whether runs are of one data set and have the same classes in the same order.
+
+    Raises:
+        RecipeError: They are not.
+    """
+    for folder, other in zip(folders[1:], metrics[1:], strict=True):
+        for field in ("dataset", "labels"):
+            if other[field] != metrics[0][field]:
+                raise RecipeError(
+                    f"{field}: {folders[0]} was tested on {metrics[0][field]}, {folder} on {other[field]}; wanted the "
+                    "same"
+                )
+
+
+def refuse(clips: DataFrame | Series, fault: str) -> None:
+    """Raise an error that names the clips, if there are any.
+
+    Raises:
+        RecipeError: There are.
+    """
+    if len(clips):
+        names = ", ".join(map(str, clips.index[:3]))
+        raise RecipeError(f"{fault} {len(clips)} clips ({names}{', …' if len(clips) > 3 else ''})")

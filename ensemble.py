@@ -1,0 +1,130 @@
+"""Score several runs as one classifier, by the mean of their probabilities; --help explains the options.
+
+    python ensemble.py RUN RUN ... [--output FOLDER]
+
+The runs, with other seeds, strides or training folds, must have tested the same clips. Writes ensemble.md and, so that
+compare.py takes the folder for a run's, metrics.json and predictions.parquet.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pandas import DataFrame
+from scipy.special import log_softmax, logsumexp
+
+from audio_dendrites.config import RecipeError, written_whole
+from audio_dendrites.report import markdown_table, score
+from audio_dendrites.runs import check_same_task, read_run, refuse
+
+SCORES = ("accuracy", "macro_f1", "mAP")
+
+
+def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any], DataFrame]:
+    """The scores of the runs and of their ensemble.
+
+    Args:
+        folders: Run folders, two or more.
+
+    Returns:
+        metrics.json of each run, with `test` scored from its predictions; metrics.json of the ensemble, whose
+        parameters and steps are those of all runs; and its predictions.parquet.
+
+    Raises:
+        RecipeError: A folder is no finished run, or the runs did not test the same clips of the same classes.
+    """
+    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+        raise RecipeError(f"found {', '.join(map(str, folders))}; wanted two run folders or more, no one twice")
+    members, tables = zip(*map(read_run, folders), strict=True)
+    check_same_task(folders, members)
+    labels = members[0]["labels"]
+    tables = [table.set_index("clip") for table in tables]
+    first = tables[0]
+    aligned = [_aligned(first, table, folders[0], folder) for folder, table in zip(folders, tables, strict=True)]
+    logits = mean_logits(np.stack([np.stack(table["logits"]) for table in aligned]))
+    predictions = first.assign(predicted=[labels[i] for i in logits.argmax(1)], logits=list(logits)).reset_index()
+    members = [run | {"test": score(table, labels)} for run, table in zip(members, aligned, strict=True)]
+    metrics = {
+        "dataset": members[0]["dataset"],
+        "labels": labels,
+        "members": [folder.name for folder in folders],
+        "test": score(predictions, labels),
+        "parameters": sum(run["parameters"] for run in members),
+        "steps": sum(run["steps"] for run in members),
+        "train_steps_per_second": None,
+    }
+    return members, metrics, predictions
+
+
+def mean_logits(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities of the mean of the members' probabilities.
+
+    The mean is taken of probabilities as the AST authors take it (github.com/YuanGongND/ast,
+    egs/audioset/ensemble.py): a member counts by how sure it is, whatever the scale of its logits.
+
+    Args:
+        logits: (members, clips, classes).
+
+    Returns:
+        (clips, classes), float32, whose softmax is the mean.
+    """
+    log_probabilities = log_softmax(logits.astype(np.float64), axis=2)
+    return (logsumexp(log_probabilities, axis=0) - np.log(len(logits))).astype(np.float32)
+
+
+def summary(folders: Sequence[Path], members: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> str:
+    """Scores of each run, their mean, and those of the ensemble, as a Markdown table."""
+    rows = [(str(folder), run["parameters"], run["test"]) for folder, run in zip(folders, members, strict=True)]
+    mean = {name: float(np.mean([run["test"][name] for run in members])) for name in SCORES}
+    rows += [("mean of the runs", "", mean), ("ensemble", metrics["parameters"], metrics["test"])]
+    cells = [[name, f"{size:,}" if size else "", *(test[score] for score in SCORES)] for name, size, test in rows]
+    return markdown_table([["run", "parameters", *SCORES], *cells])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Score, print, and write into the output folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folders of finished runs.")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="Default: ensemble, beside the first run.")
+    options = parser.parse_args(arguments)
+    output = options.output or options.runs[0].resolve().parent / "ensemble"
+    if (output / "config.yaml").exists():
+        raise RecipeError(f"output: {output} is the folder of a run; choose another --output")
+    members, metrics, predictions = ensemble(options.runs)
+    table = summary(options.runs, members, metrics)
+    output.mkdir(parents=True, exist_ok=True)
+    with written_whole(output / "ensemble.md") as path:
+        tested = (
+            f"{metrics['dataset']}: {len(predictions)} test clips. The ensemble's probabilities are the runs' mean."
+        )
+        path.write_text(f"# Ensemble of {len(members)} runs\n\n{table}\n\n{tested}\n", encoding="utf-8")
+    with written_whole(output / "predictions.parquet") as path:
+        predictions.to_parquet(path, index=False)
+    with written_whole(output / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print(f"{table}\n\nWritten to {output}/ensemble.md, metrics.json and predictions.parquet")
+
+
+def _aligned(first: DataFrame, other: DataFrame, first_folder: Path, folder: Path) -> DataFrame:
+    """The rows of `other` in the order of `first`, both by clip.
+
+    Raises:
+        RecipeError: They are not of the same clips.
+    """
+    refuse(first.loc[first.index.difference(other.index)], f"{folder} did not test")
+    refuse(other.loc[other.index.difference(first.index)], f"{first_folder} did not test")
+    other = other.loc[first.index]
+    for column in ("label", "group"):
+        refuse(first[first[column] != other[column]], f"{first_folder} and {folder} differ in the {column} of")
+    return other
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except RecipeError as error:
+        sys.exit(f"error: {error}")

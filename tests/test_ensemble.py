@@ -1,0 +1,120 @@
+"""ensemble.py on run folders made for it, against means by hand."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas
+import pytest
+from conftest import ROOT
+from pandas import DataFrame
+from scipy.special import softmax
+
+import compare
+import ensemble
+from audio_dendrites.config import RecipeError
+
+LABELS = ["cat", "dog", "owl"]
+CLIPS = 30
+TRUTH = np.arange(CLIPS) % 3
+
+
+def write_run(folder, seed, strength=1.5, order=None, drop=0, **fields):
+    """A run folder whose logits are the truth in noise; two clips a recording. Gives its logits by clip."""
+    logits = np.random.default_rng(seed).normal(size=(CLIPS, 3)).astype(np.float32)
+    logits[np.arange(CLIPS), TRUTH] += strength
+    rows = (np.arange(CLIPS) if order is None else np.asarray(order))[: CLIPS - drop]
+    folder.mkdir(parents=True)
+    DataFrame(
+        {
+            "clip": [f"c{row:02}" for row in rows], "fold": "1", "group": [str(row // 2) for row in rows],
+            "label": [LABELS[TRUTH[row]] for row in rows], "predicted": [LABELS[i] for i in logits[rows].argmax(1)],
+            "logits": list(logits[rows]),
+        }
+    ).to_parquet(folder / "predictions.parquet", index=False)  # fmt: skip
+    accuracy = float((logits[rows].argmax(1) == TRUTH[rows]).mean())
+    metrics = {
+        "dataset": "animals", "labels": LABELS, "test": {"accuracy": accuracy}, "parameters": 1000 + seed,
+        "steps": 20, "train_steps_per_second": 2.0,
+    }  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(metrics | fields))
+    return logits
+
+
+def run(*arguments):
+    ensemble.main([str(argument) for argument in arguments])
+
+
+def test_the_mean_of_probabilities_by_hand():
+    # Sure of class 0 against twice unsure of class 1: (0.9 + 0.4 + 0.4) / 3 for class 0.
+    logits = np.log([[[0.9, 0.1]], [[0.4, 0.6]], [[0.4, 0.6]]]) + np.array([7, -3, 0])[:, None, None]
+    mean = ensemble.mean_logits(logits)
+    assert mean.shape == (1, 2) and mean.dtype == np.float32
+    assert softmax(mean) == pytest.approx(np.array([[1.7 / 3, 1.3 / 3]]), abs=1e-6)
+    far = ensemble.mean_logits(np.array([[[2000.0, 0.0]], [[0.0, 2000.0]]]))
+    assert np.isfinite(far).all() and softmax(far) == pytest.approx(np.array([[0.5, 0.5]]))
+
+
+def test_an_ensemble_leaves_a_table_and_a_folder_that_compare_takes(tmp_path, capsys):
+    shuffled = np.random.default_rng(9).permutation(CLIPS)
+    folders = [tmp_path / f"seed-{seed}" for seed in range(3)]
+    logits = [write_run(folder, seed, order=shuffled if seed == 1 else None) for seed, folder in enumerate(folders)]
+    run(*folders)
+    mean = np.mean([softmax(one, axis=1) for one in logits], axis=0)
+    accuracy = (mean.argmax(1) == TRUTH).mean()
+    printed, out = capsys.readouterr().out, tmp_path / "ensemble"
+    for folder, one in zip(folders, logits, strict=True):
+        alone = (one.argmax(1) == TRUTH).mean()
+        assert f"| {folder} |" in printed.replace("  ", " ") and f"{alone:.4f}" in printed
+    assert [line for line in printed.splitlines() if line.startswith("| ensemble ") and f"{accuracy:.4f}" in line]
+    assert all(line in (out / "ensemble.md").read_text() for line in printed.splitlines() if line.startswith("|"))
+    predictions = pandas.read_parquet(out / "predictions.parquet")
+    assert predictions["clip"].tolist() == [f"c{row:02}" for row in range(CLIPS)]
+    assert softmax(np.stack(predictions["logits"]), axis=1) == pytest.approx(mean, abs=1e-6)
+    assert predictions["predicted"].tolist() == [LABELS[i] for i in mean.argmax(1)]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["test"]["accuracy"] == accuracy > max((one.argmax(1) == TRUTH).mean() for one in logits)
+    assert metrics["parameters"] == 3003 and metrics["test"]["mAP"] > 0.5 and metrics["members"][2] == "seed-2"
+    compare.main([str(folders[0]), str(out), "--output", str(tmp_path / "compared")])
+    assert f"| {accuracy:.4f} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dataset": "birds"}, "dataset: .*one was tested on animals, .*two on birds"),
+        ({"labels": LABELS[::-1]}, "labels: .*one was tested on"),
+        ({"drop": 2}, r"two did not test 2 clips \(c28, c29\)"),
+    ],
+)
+def test_runs_of_other_tests_are_refused(tmp_path, fields, message):
+    write_run(tmp_path / "one", 0)
+    write_run(tmp_path / "two", 1, **fields)
+    with pytest.raises(RecipeError, match=message):
+        run(tmp_path / "one", tmp_path / "two")
+    assert not (tmp_path / "ensemble").exists()
+
+
+def test_labels_that_differ_by_clip_are_refused(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), seed)
+    table = pandas.read_parquet(tmp_path / "1" / "predictions.parquet")
+    table.loc[3, "label"] = "dog"
+    table.to_parquet(tmp_path / "1" / "predictions.parquet")
+    with pytest.raises(RecipeError, match=r"differ in the label of 1 clips \(c03\)"):
+        run(tmp_path / "0", tmp_path / "1")
+
+
+def test_one_run_is_no_ensemble_and_no_run_is_overwritten(tmp_path):
+    write_run(tmp_path / "one", 0)
+    write_run(tmp_path / "two", 1)
+    with pytest.raises(RecipeError, match="one; wanted two run folders or more"):
+        run(tmp_path / "one")
+    with pytest.raises(RecipeError, match="wanted two run folders or more, no one twice"):
+        run(tmp_path / "one", tmp_path / "two", tmp_path / "one")
+    (tmp_path / "two" / "config.yaml").touch()
+    with pytest.raises(RecipeError, match="two is the folder of a run; choose another --output"):
+        run(tmp_path / "one", tmp_path / "two", "--output", tmp_path / "two")
+    answer = subprocess.run([sys.executable, ROOT / "ensemble.py", "a", "b"], capture_output=True, text=True)
+    assert answer.returncode == 1 and answer.stderr.startswith("error: a has no metrics.json")

@@ -1,0 +1,212 @@
+"""Files of other formats, each read by the runtime it is for."""
+
+import json
+import runpy
+import subprocess
+import sys
+import warnings
+import zipfile
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT, TINY_AST, tone
+from onnx import load_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+
+from audio_dendrites import export_formats
+from audio_dendrites.export import ExportError
+from audio_dendrites.export_formats import FORMATS, TOLERANCE, check_parity, export_run, main
+from audio_dendrites.models.dendritic import DendriticASTConfig, DendriticASTForAudioClassification
+
+LABELS = ["siren", "dog", "drill"]
+DENDRITES = {
+    "classifier.dense": {"count": 1, "activation": "sigmoid"},
+    "audio_spectrogram_transformer.layers.0.mlp.fc1": {"count": 2, "activation": "gelu"},
+}
+EXTRACTOR = ASTFeatureExtractor(max_length=48, mean=-4.0, std=3.5)
+
+
+def write_run(folder, dendrites=None):
+    """The folder of a run as train.py leaves it, as far as a model goes, with random numbers in every parameter."""
+    fields = TINY_AST | {"num_hidden_layers": 1, "max_length": 48, "id2label": dict(enumerate(LABELS))}
+    torch.manual_seed(0)
+    if dendrites is None:
+        model = ASTForAudioClassification(ASTConfig(**fields))
+    else:
+        model = DendriticASTForAudioClassification(DendriticASTConfig(**fields, dendrites=dendrites))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    EXTRACTOR.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, write_run(folder)
+
+
+@pytest.fixture(scope="module")
+def dendritic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dendritic")
+    return folder, write_run(folder, DENDRITES)
+
+
+@pytest.fixture(params=["plain", "dendritic"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+def features(clips):
+    waveforms = [tone(300 * (clip + 1), seed=clip) for clip in range(clips)]
+    return EXTRACTOR(waveforms, sampling_rate=16000, return_tensors="pt")["input_values"]
+
+
+def assert_same_logits(model, logits):
+    for clips in (1, 2, 5):
+        with torch.no_grad():
+            expected = model(features(clips)).logits
+        assert clips == 1 or expected.std(0).min() > 1e-3  # the clips can be told apart
+        assert (torch.as_tensor(logits(features(clips))) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def assert_carries_what_a_reader_needs(values):
+    values = {name: json.loads(value) for name, value in values.items()}
+    assert values["labels"] == LABELS and values["sampling_rate"] == 16000
+    assert {"max_length": 48, "mean": -4.0, "std": 3.5, "num_mel_bins": 128}.items() <= values[
+        "preprocessor_config"
+    ].items()
+    assert values["config"]["hidden_size"] == TINY_AST["hidden_size"]
+
+
+def assert_names_no_path(content):
+    for path in (ROOT, sys.prefix, torch.__path__[0]):
+        assert str(path).encode() not in content
+
+
+def test_onnx_runtime_gives_the_logits_of_the_model_for_any_batch(either):
+    folder, model = either
+    path, difference = export_run(folder, "onnx")
+    assert path == folder / "export" / "model.onnx" and 0 <= difference <= TOLERANCE
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 48, 128] and session.get_outputs()[0].shape == ["batch", 3]
+    assert_same_logits(model, lambda batch: session.run(None, {"input_values": batch.numpy()})[0])
+    assert_carries_what_a_reader_needs(session.get_modelmeta().custom_metadata_map)
+    assert [file.name for file in path.parent.iterdir() if "onnx" in file.name] == ["model.onnx"]  # weights included
+    assert not any(tensor.external_data for tensor in load_model(path).graph.initializer)
+    assert_names_no_path(path.read_bytes())
+
+
+def test_torch_export_files_need_torch_alone(plain, dendritic, tmp_path):
+    np.save(tmp_path / "features.npy", features(5).numpy())
+    runs = {"plain": plain, "dendritic": dendritic}
+    for name, (folder, _) in runs.items():
+        path, difference = export_run(folder, "torch_export", tmp_path / "new" / f"{name}.pt2")
+        assert difference <= TOLERANCE
+        with zipfile.ZipFile(path) as archive:
+            extra = {name.split("/")[-1]: archive.read(name) for name in archive.namelist() if "/extra/" in name}
+            assert_carries_what_a_reader_needs({name.removesuffix(".json"): text for name, text in extra.items()})
+            for member in archive.namelist():
+                assert_names_no_path(archive.read(member))
+    code = """
+import sys, numpy as np, torch
+features = torch.from_numpy(np.load("features.npy"))
+for name in ("plain", "dendritic"):
+    program = torch.export.load(f"new/{name}.pt2").module()
+    np.save(f"{name}.npy", program(input_values=features).detach().numpy())
+assert "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    for name, (_, model) in runs.items():
+        with torch.no_grad():
+            expected = model(features(5)).logits.numpy()
+        assert np.abs(np.load(tmp_path / f"{name}.npy") - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def test_safetensors_holds_the_live_state_dict(either):
+    folder, model = either
+    path, difference = export_run(folder, "safetensors")
+    assert difference == 0
+    tensors, expected = load_file(path), model.state_dict()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    with safe_open(path, "pt") as file:
+        assert_carries_what_a_reader_needs(file.metadata())
+
+
+def test_a_difference_above_the_tolerance_leaves_no_file_and_keeps_the_old_one(plain, tmp_path, monkeypatch):
+    folder, model = plain
+    read = FORMATS["safetensors"].read
+    output = tmp_path / "model.safetensors"
+
+    def off_by(share):
+        shifted = lambda path, model: lambda batch: (lambda x: x + share * x.abs().max())(read(path, model)(batch))  # noqa: E731
+        monkeypatch.setitem(FORMATS, "safetensors", FORMATS["safetensors"]._replace(read=shifted))
+
+    off_by(TOLERANCE / 10)
+    assert 0 < export_run(folder, "safetensors", output)[1] <= TOLERANCE
+    before = output.read_bytes()
+    for share in (TOLERANCE * 10, float("nan")):
+        off_by(share)
+        with pytest.raises(ExportError, match="logits differ from the model's by .* wanted at most 1e-05"):
+            export_run(folder, "safetensors", output)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"] and output.read_bytes() == before
+    with pytest.raises(ExportError, match=r"gives logits of shape \(1, 2\), the model \(1, 3\)"):
+        check_parity(model, lambda batch: torch.zeros(len(batch), 2), features(4))
+
+
+def test_a_folder_without_a_whole_model_is_an_error(plain, tmp_path):
+    with pytest.raises(ExportError, match="has no config.json and no preprocessor_config.json: wanted the folder of"):
+        export_run(tmp_path, "onnx")
+    write_run(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({"stranger": torch.ones(1)} | weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="the weights are not those of config.json, they differ in stranger"):
+        export_run(tmp_path, "onnx")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ExportError, match=str(tmp_path)):
+        export_run(tmp_path, "onnx")
+    assert not (tmp_path / "export").exists()
+
+
+def test_dendrites_without_their_configuration_are_not_dropped_in_silence(dendritic, tmp_path):
+    write_run(tmp_path, DENDRITES)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dendrites": {}}))
+    with pytest.raises(ExportError, match="(?s)size|weights"):
+        export_run(tmp_path, "safetensors")
+
+
+def test_a_wrong_output_is_an_error_before_anything_is_loaded(plain):
+    with pytest.raises(ExportError, match="model.pt, wanted a file that ends in .onnx"):
+        export_run(plain[0], "onnx", plain[0] / "model.pt")
+    with pytest.raises(ExportError, match="model.safetensors holds the weights of the run itself"):
+        export_run(plain[0], "safetensors", plain[0] / "model.safetensors")
+
+
+def test_a_missing_package_names_the_command_that_brings_it(plain, monkeypatch):
+    monkeypatch.setattr(export_formats, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(ExportError, match="format onnx needs onnxscript: pip install onnx onnxruntime onnxscript"):
+        export_run(plain[0], "onnx")
+
+
+def test_a_model_too_large_for_one_onnx_file_is_an_error(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_formats, "LARGEST_ONNX", 10_000)
+    with pytest.raises(ExportError, match="format onnx: the weights are 0.00 GB.*use --format torch_export"):
+        export_run(plain[0], "onnx", tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_where_the_file_is_and_how_close(plain, tmp_path, capsys, monkeypatch):
+    main([str(plain[0]), "--format", "safetensors", "--output", str(tmp_path / "x.safetensors")])
+    assert "x.safetensors (0.0" in (said := capsys.readouterr().out) and "by at most 0.0e+00" in said
+    monkeypatch.setattr(sys, "argv", ["export_formats", str(tmp_path / "none"), "--format", "onnx"])
+    with pytest.raises(SystemExit, match="error: .*none has no config.json"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the module is already imported
+        runpy.run_module("audio_dendrites.export_formats", run_name="__main__")
