@@ -12,7 +12,7 @@ from pathlib import Path
 from joblib import cpu_count
 from transformers import EarlyStoppingCallback, set_seed
 
-from audio_dendrites import report
+from audio_dendrites import hub, report
 from audio_dendrites.config import Recipe, RecipeError, parse_recipe, write_yaml
 from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
 from audio_dendrites.export import export_dendritic
@@ -87,6 +87,8 @@ def train(recipe: Recipe) -> None:
         learning_rates=learning_rates(
             model, args.learning_rate, recipe.model.head_learning_rate, recipe.model.layer_decay
         ),
+        recipe=recipe,
+        card_template=CARD,
     )
     if trainer.is_world_process_zero():
         write_yaml(recipe, folder / "config.yaml")
@@ -100,14 +102,21 @@ def train(recipe: Recipe) -> None:
     if trainer.is_world_process_zero():
         with writing_to(folder):
             export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)
-            report.write_run(folder, recipe, trainer, labels, predictions, skipped, CARD)
+            report.write_run(folder, recipe, trainer, labels, predictions, skipped)
+            hub.write_card(folder, CARD)
         report.print_summary(folder)
+
+
+def main(recipe: Recipe) -> None:
+    """The recipe's run, published if it asks for it."""
+    train(recipe)
+    hub.publish_finished(recipe.training, CARD)
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("audio_dendrites").setLevel(logging.INFO)
     try:
-        train(parse_recipe(sys.argv[1:]))
+        main(parse_recipe(sys.argv[1:]))
     except (RecipeError, PAIError) as error:
         sys.exit(f"error: {error}")

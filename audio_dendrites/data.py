@@ -134,6 +134,11 @@ def drop_bad_clips(
     return good, bad
 
 
+def is_local(name: str | None) -> bool:
+    """Whether a data set or a model is a file or folder of this machine, which then comes before one of the Hub."""
+    return name not in (None, "synthetic") and Path(name).expanduser().exists()
+
+
 def _load(arguments: DataArguments) -> Dataset:
     name, split = arguments.dataset, arguments.dataset_split
     if name == "synthetic":

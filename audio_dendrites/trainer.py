@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -19,9 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils.hub import PushInProgress, hf_api
 
+from audio_dendrites import hub
 from audio_dendrites.config import Recipe, RecipeError
+from audio_dendrites.export import ExportError, export_dendritic
+from audio_dendrites.report import running_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +35,10 @@ logger = logging.getLogger(__name__)
 CHANGE_NO_RESULT = {
     "dataloader_num_workers", "disable_tqdm", "logging_first_step", "logging_steps", "logging_strategy", "log_level",
     "output_dir", "preprocessing_num_workers", "report_to", "resume_from_checkpoint", "run_name", "save_total_limit",
+    "push_to_hub", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy",
 }  # fmt: skip
+PUSH_FOLDER = ".push-"  # in the run folder, while a checkpoint is pushed
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 class CheckpointError(RuntimeError):
@@ -44,13 +52,24 @@ class AudioTrainer(Trainer):
     the live ones and passes over what it does not find: an AST's encoder stays as it was. Here checkpoints hold live
     names, and a tensor missing or left over is an error.
 
+    With `push_to_hub` it sends what `hub.py` lets out, in the background, and a push that fails ends no training.
+
     Args:
         learning_rates: Learning rate of each parameter by name; none gives all `args.learning_rate`.
+        recipe: As resolved, and
+        card_template: the Jinja template of the model card; wanted where `args.push_to_hub`.
     """
 
-    def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        learning_rates: dict[str, float] | None = None,
+        recipe: Recipe | None = None,
+        card_template: Path | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
-        self.learning_rates = learning_rates
+        self.learning_rates, self.recipe, self.card_template = learning_rates, recipe, card_template
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):  # its default folder is named after the host
                 callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
@@ -88,6 +107,61 @@ class AudioTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
             self.processing_class.save_pretrained(output_dir)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Ask the Hub before the training, so that what is wrong with it is said early."""
+        self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None
+        for left_over in Path(self.args.output_dir).glob(f"{PUSH_FOLDER}*"):  # of a run that was killed
+            shutil.rmtree(left_over)
+        if self.is_world_process_zero():
+            hub.ask(self.args)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: the card is `hub.model_card`'s, and the Trainer's own never takes its place."""
+
+    def push_to_hub(self, *args, **kwargs) -> None:
+        """Push the finished run folder."""
+        self._finish_current_push()
+        hub.publish_finished(self.args, self.card_template)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if (
+            not self.is_world_process_zero()
+            or self.args.hub_strategy == HubStrategy.END
+            or (is_pushing and not self.args.hub_always_push)
+        ):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        try:
+            folder = tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=PUSH_FOLDER)
+            files = self._files_of_checkpoint(Path(checkpoint_folder), Path(folder.name))
+        except (ExportError, OSError, SafetensorError) as error:
+            logger.warning("Step %d is not pushed, and the training goes on: %s", self.state.global_step, error)
+            return
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = self.push_in_progress.jobs if is_pushing else []
+        self.push_in_progress = PushInProgress([*jobs, hf_api().run_as_future(self._push, folder, files, message)])
+
+    def _push(self, folder: tempfile.TemporaryDirectory, files: dict[str, Path | bytes], message: str) -> None:
+        with folder:
+            hub.push_checkpoint(self.args, files, message)
+
+    def _files_of_checkpoint(self, checkpoint: Path, folder: Path) -> dict[str, Path | bytes]:
+        """The model as `pipeline` loads it, its card and, if the strategy says so, what resumes the training.
+
+        All of it lies in `folder`, as the training goes on and deletes checkpoints while it is sent.
+        """
+        grower = getattr(self, "pai_callback", None)
+        export_dendritic(self.model, folder, self.processing_class, grower and grower.config.activation)
+        files = hub.model_files(folder)
+        metrics, recipe = hub.without_paths_of(running_metrics(self.recipe, self), self.recipe.to_dict())
+        card = hub.model_card(metrics, recipe, self.card_template, self.args.hub_model_id, set(files))
+        files |= {"README.md": card.encode()}
+        if self.args.hub_strategy == HubStrategy.CHECKPOINT:
+            best = self.state.best_model_checkpoint
+            files |= hub.checkpoint_files(checkpoint, best and Path(best), folder)
+        return files
 
     def _issue_warnings_after_load(self, load_result) -> None:
         if load_result.missing_keys or load_result.unexpected_keys:
@@ -171,8 +245,10 @@ def check_run_folder(recipe: Recipe, model: nn.Module) -> None:
 def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
     """The checkpoint to go on from: the one the recipe names, else the newest complete one of its run folder.
 
+    One that is named by a Hub id is fetched into the run folder.
+
     Raises:
-        RecipeError: The one named is not complete, or is of other classes.
+        RecipeError: The one named does not exist, is not complete, or is of other classes.
     """
     if args.resume_from_checkpoint is None:
         folder = last_checkpoint(Path(args.output_dir))
@@ -181,6 +257,11 @@ def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
         logger.info("Checkpoint found, resuming from %s.", folder)
         return str(folder)
     folder = Path(args.resume_from_checkpoint)
+    if not folder.exists() and re.fullmatch(HUB_ID, args.resume_from_checkpoint):
+        with args.main_process_first(desc="fetching the checkpoint"):
+            folder = hub.fetch_checkpoint(
+                args.resume_from_checkpoint, Path(args.output_dir), args.hub_token, args.local_process_index == 0
+            )
     if fault := _fault(folder):
         raise RecipeError(f"resume_from_checkpoint: {folder}: {fault}")
     classes = list(json.loads((folder / "config.json").read_text())["id2label"].values())
