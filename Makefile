@@ -1,6 +1,6 @@
 # make train: set up everything and run the main job.   make test: set up and pass the tests.
 
-PYTHON ?= $(or $(shell for v in 3.13 3.12 3.11; do python$$v -c '' 2>/dev/null && echo python$$v && break; done),python3)
+PYTHON ?= $(or $(shell for v in 3.12 3.11 3.13; do python$$v -c '' 2>/dev/null && echo python$$v && break; done),python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= configs/quickstart.yaml

@@ -3,7 +3,8 @@
     python compare.py BASELINE DENDRITIC [--output FOLDER]
     python compare.py --baseline FOLDER ... --dendritic FOLDER ... [--output FOLDER]
 
-Several folders a side are runs with other seeds or other test folds. Writes comparison.md and comparison.png.
+Several folders a side are runs with other seeds or other test folds. Writes comparison.md, comparison.png and
+comparison.json; the last also into the run folders of both sides where each is one run, for their model cards.
 """
 
 import argparse
@@ -55,17 +56,26 @@ class Side:
         return statistics.mean(metrics["parameters"] for metrics in self.metrics)
 
     @property
-    def step_seconds(self) -> float:
+    def step_seconds(self) -> float | None:
         """Median over the runs; a run's own is its whole training, evaluations included, by its steps.
 
-        NaN where no run took a step since it was last resumed.
+        None where no run took a step since it was last resumed.
         """
         speeds = [metrics["train_steps_per_second"] for metrics in self.metrics if metrics["train_steps_per_second"]]
-        return 1 / statistics.median(speeds) if speeds else float("nan")
+        return 1 / statistics.median(speeds) if speeds else None
 
     @property
     def steps(self) -> list[int]:
-        return [metrics["steps"] for metrics in self.metrics]
+        return sorted({metrics["steps"] for metrics in self.metrics})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "runs": [folder.name for folder in self.folders],
+            "accuracy": float(self.clips["right"].mean()),
+            "parameters": self.parameters,
+            "steps": self.steps,
+            "seconds_a_step": self.step_seconds,
+        }
 
 
 @dataclass
@@ -77,7 +87,7 @@ class Comparison:
     accuracy: tuple[float, float]
     error_reduction_percent: float | None
     parameters_added_percent: float
-    step_time_ratio: float
+    step_time_ratio: float | None
     lost: int
     won: int
     p: float
@@ -91,6 +101,22 @@ class Comparison:
     def is_significant(self) -> bool:
         """Both tests must say so: McNemar's takes clips as independent, the interval knows their recordings."""
         return self.p < SIGNIFICANT and not self.interval[0] <= 0 <= self.interval[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """comparison.json; the interval is one of accuracy, from -1 to 1."""
+        return {
+            "dataset": self.baseline.metrics[0]["dataset"],
+            "clips": len(self.baseline.clips),
+            "baseline": self.baseline.to_dict(),
+            "dendritic": self.dendritic.to_dict(),
+            "error_reduction_percent": self.error_reduction_percent,
+            "parameters_added_percent": self.parameters_added_percent,
+            "step_time_ratio": self.step_time_ratio,
+            "p": self.p,
+            "interval": list(self.interval),
+            "significant": self.is_significant,
+            "verdict": verdict(self),
+        }
 
 
 def read_side(folders: Sequence[Path]) -> Side:
@@ -130,7 +156,9 @@ def compare(baseline: Side, dendritic: Side) -> Comparison:
         accuracy=(before.mean(), after.mean()),
         error_reduction_percent=error_reduction(before.mean(), after.mean()),
         parameters_added_percent=100 * (dendritic.parameters / baseline.parameters - 1),
-        step_time_ratio=dendritic.step_seconds / baseline.step_seconds,
+        step_time_ratio=dendritic.step_seconds / baseline.step_seconds
+        if baseline.step_seconds and dendritic.step_seconds
+        else None,
         lost=lost,
         won=won,
         p=p,
@@ -139,7 +167,15 @@ def compare(baseline: Side, dendritic: Side) -> Comparison:
 
 
 def verdict(found: Comparison) -> str:
-    """One line: whether dendrites changed the accuracy, and how sure that is."""
+    """One line: whether dendrites changed the accuracy, how sure that is, and whether the trainings were equal."""
+    unequal = ""
+    if found.baseline.steps != found.dendritic.steps:
+        steps = [_span([str(count) for count in side.steps]) for side in (found.baseline, found.dendritic)]
+        unequal = f" Not the same training: the baseline took {steps[0]} steps, the dendritic model {steps[1]}."
+    return _finding(found) + unequal
+
+
+def _finding(found: Comparison) -> str:
     low, high = (100 * end for end in found.interval)
     numbers = (
         f"{100 * found.difference:+.2f} points of accuracy (95 % interval {low:+.2f} to {high:+.2f} by source "
@@ -171,8 +207,10 @@ def summary(found: Comparison) -> str:
         ["clips it alone has right", str(found.lost), str(found.won), f"McNemar's exact p = {found.p:.2g}"],
         ["parameters", *(f"{side.parameters:,.0f}" for side in sides), f"{found.parameters_added_percent:+.2f} %"],
         ["steps", *(_span([str(steps) for steps in side.steps]) for side in sides), ""],
-        ["seconds a step", *(f"{side.step_seconds:.4f}" for side in sides), f"× {found.step_time_ratio:.3f}"],
     ]
+    if found.step_time_ratio is not None:
+        seconds = (f"{side.step_seconds:.4f}" for side in sides)
+        rows.append(["seconds a step", *seconds, f"× {found.step_time_ratio:.3f}"])
     return markdown_table(rows)
 
 
@@ -214,8 +252,10 @@ def plot(found: Comparison, path: Path) -> None:
     difference.set(title="dendritic − baseline, 95 % interval", xlabel="points of accuracy", yticks=[])
     rows = np.arange(len(by_class))
     classes.hlines(rows, by_class.min(axis=1), by_class.max(axis=1), color="lightgrey", linewidth=3, zorder=0)
-    for name, colour in (("baseline", "C0"), ("dendritic", "C1")):
-        classes.scatter(by_class[name], rows, label=name, color=colour)
+    classes.scatter(
+        by_class["baseline"], rows, label="baseline", s=120, facecolors="none", edgecolors="C0", linewidths=2
+    )
+    classes.scatter(by_class["dendritic"], rows, label="dendritic", color="C1")
     classes.set(title="accuracy by class", xlim=(-0.03, 1.03), yticks=rows, yticklabels=by_class.index)
     classes.invert_yaxis()
     classes.legend(loc="lower left")
@@ -231,7 +271,11 @@ def main(arguments: Sequence[str]) -> None:
     plot(found, options.output / "comparison.png")
     with written_whole(options.output / "comparison.md") as path:
         path.write_text(report(found), encoding="utf-8")
-    print(f"{summary(found)}\n\n{verdict(found)}\n\nWritten to {options.output}/comparison.md and comparison.png")
+    pair = options.baseline + options.dendritic
+    for folder in {options.output, *(pair if len(pair) == 2 else [])}:
+        with written_whole(folder / "comparison.json") as path:
+            path.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    print(f"\n{summary(found)}\n\n{verdict(found)}\n\nWritten to {options.output}/comparison.md and comparison.png")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

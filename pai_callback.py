@@ -233,13 +233,7 @@ class _NoTerminal(io.StringIO):
 
 
 def _perforatedai():
-    """perforatedai's modules: globals, utils, modules; imported where they are first used, as it prints and is slow.
-
-    Raises:
-        PAIError: It is not installed.
-    """
-    if importlib.util.find_spec("perforatedai") is None:
-        raise PAIError("perforatedai is not installed: pip install perforatedai==3.2.9 (Python 3.11 or 3.12)")
+    """perforatedai's modules: globals, utils, modules; imported where they are first used, as it prints and is slow."""
     with contextlib.redirect_stdout(io.StringIO()):
         from perforatedai import globals_perforatedai, modules_perforatedai, utils_perforatedai
     return globals_perforatedai, utils_perforatedai, modules_perforatedai
@@ -785,6 +779,8 @@ class PAICallback(TrainerCallback, ExportableState):
 
     def __init__(self, config: PAIConfig | Mapping[str, Any] | None = None):
         self.config = PAIConfig.from_dict(config) if isinstance(config, Mapping) else config or PAIConfig()
+        if self.grows:
+            _check_installed(self.config)
         self.trainer: Trainer | None = None  # set by PAITrainerMixin
         self.history: list[dict[str, Any]] = []
         self.complete = False
@@ -895,7 +891,6 @@ class PAICallback(TrainerCallback, ExportableState):
     def _start(self, args, model: nn.Module, dataloader) -> None:
         if "PAINeuronModule" in {type(module).__name__ for module in model.modules()}:
             raise PAIError("the model already has dendrites from another training; start from a plain one, or resume")
-        _perforatedai_as_asked(self.config)
         names = choose_layers(model, self.config)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         with _private_random_state(args.seed, args.device):
@@ -906,7 +901,6 @@ class PAICallback(TrainerCallback, ExportableState):
 
     def _wrap(self, args, model: nn.Module, layers: list[Layer], parameters: int) -> None:
         """Take perforatedai over for this model."""
-        _perforatedai_as_asked(self.config)
         dendrites = self._dendrites_within_budget(layers, parameters)
         output_dir = Path(args.output_dir).absolute()
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -942,7 +936,7 @@ class PAICallback(TrainerCallback, ExportableState):
         wide = [max(len(row[column]) for row in rows) for column in range(2)]
         lines = [f"  {row[0]:<{wide[0]}}  {row[1]:<{wide[1]}}  {row[2]}" for row in rows]
         return "\n".join(
-            [f"Up to {limit} dendrites ({self.config.schedule}, {self.config.activation}) may grow on:", *lines]
+            [f"Up to {_dendrites(limit)} ({self.config.schedule}, {self.config.activation}) may grow on:", *lines]
         )
 
     def _metric(self, args) -> str:
@@ -1052,6 +1046,11 @@ class PAICallback(TrainerCallback, ExportableState):
         own = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
         return own + sum(layer.added_by(structure[layer.name]) for layer in self._layers)
 
+    def summary(self, model: nn.Module) -> dict[str, Any]:
+        """Dendrites of each layer, their activation, and the evaluations that something followed."""
+        growth = [entry for entry in self.history if entry["event"]]
+        return {"layers": structure_of(model), "activation": self.config.activation, "growth": growth}
+
     def _note(self, state, model, score: float, event: str) -> None:
         """An evaluation and what followed: history, the Trainer's logs, and a line where there was growth."""
         evaluated = self._evaluated[0]
@@ -1079,8 +1078,8 @@ class PAICallback(TrainerCallback, ExportableState):
             )
         if event == "complete":
             lines.append(
-                f"growth is complete: the best weights are back, with {dendrites} dendrites a layer and {parameters:,} "
-                f"parameters"
+                f"growth is complete: the best weights are back, with {_dendrites(dendrites)} a layer and "
+                f"{parameters:,} parameters"
             )
         if self.trainer is None:
             state.log_history.append({**logs, "epoch": state.epoch, "step": step})
@@ -1208,8 +1207,10 @@ def _refuse_parallelism(args) -> None:
         )
 
 
-def _perforatedai_as_asked(config: PAIConfig) -> None:
-    """Raises PAIError if perforatedai is missing or perforatedbp is there unasked, or asked for and missing."""
+def _check_installed(config: PAIConfig) -> None:
+    """Raises PAIError if perforatedai is missing, or perforatedbp is there unasked, or asked for and missing."""
+    if importlib.util.find_spec("perforatedai") is None:
+        raise PAIError("perforatedai is not installed: pip install perforatedai==3.2.9 (Python 3.11 or 3.12)")
     installed = importlib.util.find_spec("perforatedbp") is not None
     if installed and not config.perforated_backpropagation:
         raise PAIError(
@@ -1218,7 +1219,10 @@ def _perforatedai_as_asked(config: PAIConfig) -> None:
         )
     if config.perforated_backpropagation and not installed:
         raise PAIError("pai: perforated_backpropagation: found True, but perforatedbp is not installed")
-    _perforatedai()
+
+
+def _dendrites(count: int) -> str:
+    return f"{count} dendrite{'' if count == 1 else 's'}"
 
 
 def _say(text: str) -> None:
@@ -1240,15 +1244,15 @@ def draw_growth(history: list[dict[str, Any]], metric: str, path: Path) -> None:
         if entry["event"]:
             axes.axvline(entry["step"], color="tab:green" if entry["event"] == "grown" else "tab:gray", linestyle="--")
             axes.annotate(
-                f"{entry['event']}\n{entry['dendrites']} dendrites",
+                f"{entry['event']}: {entry['dendrites']}",
                 (entry["step"], 1),
                 xycoords=("data", "axes fraction"),
-                xytext=(3, -24),
+                xytext=(0, 3),
                 textcoords="offset points",
                 fontsize=8,
+                rotation=30,
             )
-    axes.set_xlabel("step")
-    axes.set_ylabel(metric)
+    axes.set(xlabel="step", ylabel=f"{metric} (dashed: dendrites a layer)")
     figure.savefig(path, dpi=120)
 
 

@@ -2,7 +2,8 @@
 
     accelerate launch train.py configs/quickstart.yaml [--learning_rate 1e-4 ...]
 
-The same command again goes on where the run was interrupted.
+The same command again goes on where the run was interrupted. With `baseline: true` a recipe with dendrites is trained
+without them first, and the two are compared.
 """
 
 import logging
@@ -12,6 +13,7 @@ from pathlib import Path
 from joblib import cpu_count
 from transformers import EarlyStoppingCallback, set_seed
 
+import compare
 from audio_dendrites import hub, report
 from audio_dendrites.config import Recipe, RecipeError, parse_recipe, write_yaml
 from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
@@ -102,15 +104,29 @@ def train(recipe: Recipe) -> None:
     if trainer.is_world_process_zero():
         with writing_to(folder):
             export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)
+            report.check_pipeline(folder, clips.select(splits["test"]), recipe.data.audio_column, predictions["test"])
             report.write_run(folder, recipe, trainer, labels, predictions, skipped)
             hub.write_card(folder, CARD)
         report.print_summary(folder)
 
 
 def main(recipe: Recipe) -> None:
-    """The recipe's run, published if it asks for it."""
+    """The recipe's run, after that of its baseline if it asks for one, and then their comparison; each is published."""
+    if not recipe.dendrites.baseline:
+        train(recipe)
+        return hub.publish_finished(recipe.training, CARD)
+    PAICallback(recipe.dendrites.pai)  # what is wrong with it shows before the baseline is trained
+    baseline = recipe.baseline()
+    train(baseline)
+    hub.publish_finished(baseline.training, CARD)
     train(recipe)
-    hub.publish_finished(recipe.training, CARD)
+    folders = [baseline.training.output_dir, recipe.training.output_dir]
+    if recipe.training.process_index == 0:
+        compare.main(folders)
+        for folder in folders:
+            hub.write_card(Path(folder), CARD)
+    for one, other in ((baseline, recipe), (recipe, baseline)):
+        hub.publish_finished(one.training, CARD, other.training.hub_model_id)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from another recipe. Every value, from YAML or command line, passes through the 
 types and the same errors.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -155,9 +156,15 @@ class DendriteArguments:
             "left out: the plain model."
         },
     )
+    baseline: bool = field(
+        default=False,
+        metadata={"help": "Train the recipe without dendrites first, into <output_dir>_baseline, and compare the two."},
+    )
 
     def __post_init__(self):
         self.pai = _mapping("pai", self.pai)
+        if self.baseline and self.pai is None:
+            raise RecipeError("baseline: found true without a `pai` block, wanted dendrites to compare a baseline with")
 
 
 @dataclass
@@ -219,6 +226,14 @@ class Recipe:
     training: RunArguments
     # Names of the fields that YAML or command line set, beside those of the project's own dataclasses.
     chosen: frozenset[str] = frozenset()
+
+    def baseline(self) -> "Recipe":
+        """The same recipe without dendrites, in a run folder beside."""
+        training = copy.copy(self.training)
+        training.output_dir = f"{training.output_dir}_baseline"
+        training.resume_from_checkpoint = None  # the one named has dendrites
+        training.hub_model_id = training.hub_model_id and f"{training.hub_model_id}-baseline"
+        return dataclasses.replace(self, dendrites=DendriteArguments(), training=training)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields of ours and each field of `TrainingArguments` that was chosen, as plain YAML types."""

@@ -447,6 +447,16 @@ def _duration(seconds: float) -> str:
 # The push
 
 
+def with_card(
+    run: Path, repo_id: str, template: Path, other: str | None = None, pinned: str | None = None
+) -> dict[str, Path | bytes]:
+    """What `publish` sends: `outgoing` and the card; its arguments are those of `publish` and `model_card`."""
+    files = outgoing(run)
+    metrics, recipe, comparison = read_run(run)
+    card = model_card(metrics, recipe, template, repo_id, {*files}, comparison, other, pinned)
+    return {"README.md": card.encode()} | files
+
+
 def publish(
     run: Path,
     repo_id: str,
@@ -473,25 +483,20 @@ def publish(
     Raises:
         PublishError: Nothing or not everything was sent; the folder is as it was, and the same call tries again.
     """
-    files = outgoing(run)
-    metrics, recipe, comparison = read_run(run)
-
-    def card(pinned: str | None = None) -> dict[str, Path | bytes]:
-        text = model_card(metrics, recipe, template, repo_id, {*files}, comparison, other, pinned)
-        return {"README.md": text.encode()}
-
-    check_outgoing(files | card(), token)
+    check_outgoing(with_card(run, repo_id, template, other), token)
     with _explained(run, repo_id, private, revision):
         repo_id = create_repo(repo_id, private, revision, token)
-        if other is not None and "/" not in other:
-            other = f"{repo_id.split('/')[0]}/{other}"
+        other = other and (other if "/" in other else f"{repo_id.split('/')[0]}/{other}")
+        files = with_card(run, repo_id, template, other)
         if not code_files(run):
-            commit = push(files | card(), repo_id, "Model, figures and card", revision, token)
+            commit = push(files, repo_id, "Model, figures and card", revision, token)
         else:
+            del files["README.md"]
             sent = push(files, repo_id, "Model, code and figures", revision, token)
             commits = _patiently(HfApi(token=token).list_repo_commits, repo_id, revision=revision)
             pinned = next(commit.commit_id for commit in commits if commit.title != CARD_COMMIT)
-            commit = push(card(pinned), repo_id, CARD_COMMIT, revision, token) or sent
+            card = with_card(run, repo_id, template, other, pinned)["README.md"]
+            commit = push({"README.md": card}, repo_id, CARD_COMMIT, revision, token) or sent
     return commit and f"{HfApi().endpoint}/{repo_id}"
 
 

@@ -17,12 +17,15 @@ import matplotlib
 import numpy as np
 import pandas
 import torch
+from datasets import Dataset
 from matplotlib.figure import Figure
 from pandas import DataFrame
+from scipy.special import softmax
 from sklearn.metrics import ConfusionMatrixDisplay, f1_score
-from transformers import Trainer
+from transformers import Trainer, pipeline
 from transformers.trainer_utils import PredictionOutput
 
+from audio_dendrites.audio import load_waveform
 from audio_dendrites.config import Recipe, written_whole
 from audio_dendrites.data import is_local
 from audio_dendrites.metrics import EVALUATION, PerClassAccuracy
@@ -174,6 +177,36 @@ def write_run(
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
+def check_pipeline(folder: Path, clips: Dataset, audio_column: str, predictions: DataFrame) -> None:
+    """Load the folder as its users will, and see that it says of some clips what the trained model said.
+
+    Args:
+        folder: With the model and its feature extractor.
+        clips: Rows with the sound, not decoded, of `predictions`' clips; eight or so of them are heard.
+        audio_column: Where it is.
+        predictions: As `predictions_table` makes it.
+
+    Raises:
+        RuntimeError: The scores differ by more than 1e-3.
+    """
+    classify = pipeline("audio-classification", model=str(folder), trust_remote_code=True)
+    rate, rows = classify.feature_extractor.sampling_rate, range(0, len(clips), 1 + len(clips) // 9)
+    expected = predictions.iloc[rows]
+    names = classify.model.config.id2label.values()
+    waveforms = [load_waveform(audio, rate) for audio in clips.with_format("arrow")[rows][audio_column].to_pylist()]
+    found = [{one["label"]: one["score"] for one in scores} for scores in classify(waveforms, top_k=len(names))]
+    scores = np.array([[clip[name] for name in names] for clip in found])
+    difference = np.abs(scores - softmax(np.stack(expected["logits"]), axis=1)).max()
+    if not difference < 1e-3:
+        raise RuntimeError(f"{folder}: pipeline's scores are {difference:.2g} from those of the trained model")
+    rows = [["clip", "class", "pipeline says", "score"]]
+    rows += [
+        [clip, label, max(scores, key=scores.get), max(scores.values())]
+        for clip, label, scores in zip(expected["clip"], expected["label"], found, strict=True)
+    ]
+    print(f"\nLoaded by pipeline, scores within {difference:.1g}:\n{markdown_table(rows)}", flush=True)
+
+
 def is_finished(folder: Path) -> bool:
     """Whether the run folder is complete."""
     return (folder / "metrics.json").exists()
@@ -231,6 +264,7 @@ def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[s
         if grower is not None and grower.active
         else sum(parameter.numel() for parameter in parameters),
         "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "dendrites": grower.summary(trainer.model) if grower is not None and grower.active else None,
         "precision": recipe.training.precision,
         "processes": recipe.training.world_size,
         "command": ["train.py", *_without_tokens(sys.argv[1:])],

@@ -107,6 +107,27 @@ def test_two_runs_leave_a_table_a_page_and_a_picture(tmp_path, capsys):
     assert min(picture.shape[:2]) > 300 and picture.std() > 0.05
 
 
+def test_the_numbers_lie_in_both_run_folders_for_their_cards(tmp_path):
+    baseline, dendritic = write_run(tmp_path / "base", wrong=range(24)), write_run(tmp_path / "dend", wrong=range(6))
+    run(baseline, dendritic)
+    found = json.loads((dendritic / "comparison.json").read_text())
+    assert found == json.loads((baseline / "comparison.json").read_text())
+    assert found["baseline"]["accuracy"] == 0.4 and found["dendritic"]["runs"] == ["dend"]
+    assert found["error_reduction_percent"] == pytest.approx(75) and found["significant"] is True
+    assert found["verdict"].startswith("Dendrites raise the accuracy")
+
+
+def test_unequal_trainings_are_part_of_the_verdict(tmp_path, capsys):
+    run(write_run(tmp_path / "base", wrong={1}), write_run(tmp_path / "dend", wrong={2}, steps=30))
+    assert "Not the same training: the baseline took 20 steps, the dendritic model 30." in capsys.readouterr().out
+
+
+def test_a_run_that_took_no_step_since_it_was_resumed_has_no_step_time(tmp_path, capsys):
+    run(write_run(tmp_path / "base", wrong={1}), write_run(tmp_path / "dend", wrong={2}, train_steps_per_second=0))
+    assert "seconds a step" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "dend" / "comparison.json").read_text())["step_time_ratio"] is None
+
+
 def test_a_difference_that_is_not_significant_is_called_so(tmp_path, capsys):
     run(write_run(tmp_path / "base", wrong={1, 5, 9, 30}), write_run(tmp_path / "dend", wrong={1, 5, 12}))
     assert "The difference is not significant: +2.50 points" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY_AST, TONES, tone
-from datasets import Dataset, load_dataset
+from datasets import Audio, Dataset, load_dataset
 from safetensors.torch import load_file, save_file
 from transformers import (
     ASTFeatureExtractor,
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 import train
+from audio_dendrites import report
 from audio_dendrites.config import ModelArguments, RecipeError, parse_recipe
 from audio_dendrites.models.ast import load_ast
 from audio_dendrites.trainer import CheckpointError, classification_loss, last_checkpoint
@@ -105,6 +107,50 @@ def test_the_pipeline_gives_the_scores_of_predictions_parquet(recipe, tmp_path):
         expected = torch.tensor(prediction.logits).softmax(-1)
         assert max(scores, key=scores.get) == prediction.predicted
         assert abs(scores["high"] - expected[0]) < 1e-4 and abs(scores["low"] - expected[1]) < 1e-4
+
+
+def test_the_saved_model_is_loaded_by_pipeline_and_must_say_the_same(recipe, tmp_path, tones, capsys):
+    run(recipe(num_train_epochs=1))
+    assert "Loaded by pipeline, scores within" in capsys.readouterr().out
+    clips = load_dataset("parquet", data_files=str(tones), split="train[16:]").cast_column("audio", Audio(decode=False))
+    predictions = pandas.read_parquet(tmp_path / "run" / "predictions.parquet")
+    others = predictions.assign(logits=list(np.stack(predictions["logits"]) + [1, 0]))
+    with pytest.raises(RuntimeError, match="pipeline's scores are 0"):
+        report.check_pipeline(tmp_path / "run", clips, "audio", others)
+
+
+PAI = {"max_dendrites": 1, "schedule": "every", "stop_when_complete": False}
+
+
+@pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_recipe_with_a_baseline_ends_with_two_models_and_their_comparison(recipe, tmp_path, processes):
+    path = recipe(baseline=True, pai=PAI, load_best_model_at_end=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    done = subprocess.run(
+        [sys.executable, *launcher, *command(path)[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dendrites grew: 0 -> 1" in done.stdout + done.stderr and "points of accuracy" in done.stdout
+    kinds = [
+        json.loads((tmp_path / name / "config.json").read_text())["model_type"] for name in ("run_baseline", "run")
+    ]
+    assert kinds == ["audio-spectrogram-transformer", "dendritic-audio-spectrogram-transformer"]
+    plain, grown = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("run_baseline", "run"))
+    assert plain["steps"] == grown["steps"] and plain["dendrites"] is None
+    assert set(grown["dendrites"]["layers"].values()) == {1} and grown["dendrites"]["growth"][0]["event"] == "grown"
+    found = json.loads((tmp_path / "run_baseline" / "comparison.json").read_text())
+    assert found["dendritic"]["parameters"] == grown["parameters"] > plain["parameters"]
+    assert (tmp_path / "run" / "comparison.png").exists()
+
+
+@pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")
+def test_what_is_wrong_with_the_dendrites_shows_before_the_baseline_is_trained(recipe, tmp_path):
+    with pytest.raises(train.PAIError, match="unknown field 'max_dendrite'; did you mean 'max_dendrites'"):
+        train.main(parse_recipe([str(recipe(baseline=True, pai={"max_dendrite": 1}))]))
+    assert not (tmp_path / "run_baseline").exists()
+    with pytest.raises(RecipeError, match="baseline: found true without a `pai` block"):
+        parse_recipe([str(recipe(baseline=True))])
 
 
 def test_the_test_fold_is_scored_with_the_best_checkpoint(recipe, tmp_path):

@@ -1,0 +1,68 @@
+"""crossval.py: every fold once, finished runs kept, results put together."""
+
+import json
+from importlib.util import find_spec
+
+import pandas
+import pytest
+import yaml
+from conftest import TINY_AST, TONES
+
+import crossval
+from audio_dendrites.config import RecipeError
+
+
+@pytest.fixture
+def recipe(tones, tmp_path):
+    def write(**changes):
+        fields = TONES | {
+            "dataset": str(tones), "output_dir": str(tmp_path / "runs"), "max_length": 48, "model_config": TINY_AST,
+            "per_device_train_batch_size": 4, "num_train_epochs": 1, "precision": "fp32",
+            "preprocessing_num_workers": 1, "report_to": ["none"],
+        }  # fmt: skip
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields | changes))
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+def test_every_fold_is_tested_once_and_a_finished_run_is_kept(recipe, tmp_path, capsys):
+    crossval.main([recipe()])
+    folders = [tmp_path / "runs" / f"fold-{fold}-seed-42" for fold in "123"]
+    runs = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    assert [(run["validation"]["folds"], run["test"]["folds"]) for run in runs] == [
+        (["2"], ["1"]), (["3"], ["2"]), (["1"], ["3"])
+    ]  # fmt: skip
+    tables = [pandas.read_parquet(folder / "predictions.parquet") for folder in folders]
+    clips = pandas.concat(tables)
+    assert sorted(clips["clip"]) == sorted({f"clip-{row}" for row in range(24)})
+    found = json.loads((tmp_path / "runs" / "crossval.json").read_text())["baseline"]
+    accuracies = [run["test"]["accuracy"] for run in runs]
+    assert found["mean"]["accuracy"] == pytest.approx(sum(accuracies) / 3)
+    assert found["pooled"]["accuracy"] == (clips["label"] == clips["predicted"]).mean()
+    written = [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders]
+    capsys.readouterr()
+    crossval.main([recipe()])
+    assert [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders] == written
+    assert (
+        f"| mean               |                |       |   {found['mean']['accuracy']:.4f} |"
+        in capsys.readouterr().out
+    )
+    assert (tmp_path / "runs" / "confusion_matrix_baseline.png").exists()
+
+
+@pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")
+def test_with_a_baseline_both_sides_are_compared_over_all_runs(recipe, tmp_path, capsys):
+    path = recipe(baseline=True, pai={"max_dendrites": 1, "schedule": "every", "stop_when_complete": False})
+    crossval.main([path, "--folds", "1", "--seeds", "1", "2"])
+    assert "| runs                     | 2" in capsys.readouterr().out
+    page = json.loads((tmp_path / "runs" / "comparison.json").read_text())
+    assert page["dendritic"]["runs"] == ["fold-1-seed-1", "fold-1-seed-2"] and page["clips"] == 8
+    assert set(json.loads((tmp_path / "runs" / "crossval.json").read_text())) == {"baseline", "dendritic"}
+
+
+def test_folds_that_cannot_be_had_say_so(recipe):
+    with pytest.raises(RecipeError, match="--folds: found 7, wanted some of the recipe's: 1, 2, 3"):
+        crossval.main([recipe(), "--folds", "7"])
+    with pytest.raises(RecipeError, match="the recipe names 1, 2, wanted three or more"):
+        crossval.main([recipe(test_folds=["2"])])
