@@ -11,6 +11,7 @@ command again sends what is missing. --dry_run lists every file, asks for no tok
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str]) -> None:
         if options.dry_run:
             show(run, repo_id, other)
             continue
-        address = hub.publish(run, repo_id, CARD, other, options.private or None, options.revision)
+        command = shlex.join(["python", "publish.py", *arguments])
+        address = hub.publish(run, repo_id, CARD, other, options.private or None, options.revision, command=command)
         print(
             f"{run}: {f'published at {address}' if address else f'nothing to upload, {repo_id} has it all'}", flush=True
         )

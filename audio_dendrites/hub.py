@@ -335,7 +335,7 @@ def model_card(
         base_model=base_model,
         datasets=None if dataset is None else [dataset],
         metrics=["accuracy", "f1"],
-        model_name=Path(name).name,
+        model_name=Path(name).name if metrics.get("test") else None,  # belongs to the results
         eval_results=_eval_results(metrics, recipe, "UrbanSound8K" if urbansound8k else metrics["dataset"]),
     )
     card = ModelCard.from_template(
@@ -465,6 +465,7 @@ def publish(
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
+    command: str | None = None,
 ) -> str | None:
     """Push a finished run: weights, figures and code, then the card, which pins that commit where code is run.
 
@@ -476,6 +477,7 @@ def publish(
         private: Whether a repository that does not exist yet is private; none leaves it to the Hub.
         revision: Branch to push to, made if it is missing.
         token: Left out: that of `hf auth login` or HF_TOKEN.
+        command: What a failure says to try again with; left out: publish.py with this run.
 
     Returns:
         The address of the repository, or None if the Hub had everything.
@@ -484,7 +486,7 @@ def publish(
         PublishError: Nothing or not everything was sent; the folder is as it was, and the same call tries again.
     """
     check_outgoing(with_card(run, repo_id, template, other), token)
-    with _explained(run, repo_id, private, revision):
+    with _explained(run, repo_id, private, revision, command):
         repo_id = create_repo(repo_id, private, revision, token)
         other = other and (other if "/" in other else f"{repo_id.split('/')[0]}/{other}")
         files = with_card(run, repo_id, template, other)
@@ -681,7 +683,9 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _explained(run: Path, repo_id: str, private: bool | None, revision: str | None) -> Iterator[None]:
+def _explained(
+    run: Path, repo_id: str, private: bool | None, revision: str | None, command: str | None = None
+) -> Iterator[None]:
     """Turn whatever the client raises into what happened and the command that tries again."""
     try:
         yield
@@ -689,7 +693,7 @@ def _explained(run: Path, repo_id: str, private: bool | None, revision: str | No
         if isinstance(error, RuntimeError) and error.__cause__ is None:
             raise
         options = f" --revision {revision}" * (revision is not None) + " --private" * bool(private)
-        command = f"python publish.py {shlex.quote(str(run))} --repo_id {repo_id}{options}"
+        command = command or f"python publish.py {shlex.quote(str(run))} --repo_id {repo_id}{options}"
         next_step = (
             f"The folder is as it was; this tries again and sends what is missing: {command}"
             if is_finished(run)
