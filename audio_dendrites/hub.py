@@ -597,7 +597,8 @@ def push(
     stale = [CommitOperationDelete(path) for path in there if path not in files and "config.json" in files]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
-        api.preupload_lfs_files(repo_id, additions, revision=revision, free_memory=False)  # tries again by itself
+        # Tries again by itself, but where the connection is lost its threads close each other's client: so one thread.
+        api.preupload_lfs_files(repo_id, additions, revision=revision, free_memory=False, num_threads=1)
         commit = _patiently(api.create_commit, repo_id, [*additions, *stale], commit_message=message, revision=revision)
     return None if commit.oid == before.sha else commit.oid
 
@@ -619,7 +620,7 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, token: str | None = None, i
     """
     try:
         patterns = [f"{LAST_CHECKPOINT}/*", f"{BEST_CHECKPOINT}/*"]
-        snapshot = Path(snapshot_download(repo_id, allow_patterns=patterns, token=token))
+        snapshot = Path(snapshot_download(repo_id, allow_patterns=patterns, token=token, max_workers=1))  # as in `push`
     except (HfHubHTTPError, httpx2.HTTPError, HFValidationError, OSError) as error:
         raise RecipeError(
             f"resume_from_checkpoint: {repo_id} is no folder, and not to be had from the Hub: {reason(error)}"

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -133,18 +133,19 @@ class AudioTrainer(Trainer):
         ):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        try:
-            folder = tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=PUSH_FOLDER)
-            files = self._files_of_checkpoint(Path(checkpoint_folder), Path(folder.name))
-        except (ExportError, OSError, SafetensorError) as error:
-            logger.warning("Step %d is not pushed, and the training goes on: %s", self.state.global_step, error)
-            return
-        message = f"Training in progress, step {self.state.global_step}"
-        jobs = self.push_in_progress.jobs if is_pushing else []
-        self.push_in_progress = PushInProgress([*jobs, hf_api().run_as_future(self._push, folder, files, message)])
+        with ExitStack() as kept:
+            try:
+                folder = kept.enter_context(tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=PUSH_FOLDER))
+                files = self._files_of_checkpoint(Path(checkpoint_folder), Path(folder))
+            except (ExportError, OSError, SafetensorError) as error:
+                logger.warning("Step %d is not pushed, and the training goes on: %s", self.state.global_step, error)
+                return
+            message = f"Training in progress, step {self.state.global_step}"
+            job = hf_api().run_as_future(self._push, kept.pop_all(), files, message)
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if is_pushing else []), job])
 
-    def _push(self, folder: tempfile.TemporaryDirectory, files: dict[str, Path | bytes], message: str) -> None:
-        with folder:
+    def _push(self, kept: ExitStack, files: dict[str, Path | bytes], message: str) -> None:
+        with kept:
             hub.push_checkpoint(self.args, files, message)
 
     def _files_of_checkpoint(self, checkpoint: Path, folder: Path) -> dict[str, Path | bytes]:

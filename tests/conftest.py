@@ -49,6 +49,7 @@ def online(hub, tmp_path, monkeypatch) -> Hub:
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     for name, value in {
         "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
