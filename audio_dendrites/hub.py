@@ -36,6 +36,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from pandas import DataFrame
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -87,6 +88,8 @@ LOCAL_FOLDERS = re.compile(
 )
 LOCAL_PATH = re.compile(r"(?:~\w*|\.{1,2}|[A-Za-z]:)?[/\\][^:\n]*")
 SECRET_NAME = re.compile("TOKEN(?!IZER)|KEY|SECRET|PASSW", re.IGNORECASE)
+
+PIECE, OVERLAP = 1 << 24, 1 << 12  # bytes; nothing that is looked for is longer than the overlap
 
 BUSY = {408, 429, 500, 502, 503, 504}
 FULL = re.compile("quota|storage|limit|exceed|payment", re.IGNORECASE)
@@ -211,15 +214,12 @@ def check_outgoing(files: Mapping[str, Path | bytes], token: str | None = None) 
     """
     anywhere, in_text = _forbidden(token)
     for name, content in files.items():
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        patterns = anywhere
-        if Path(name).suffix == ".parquet":
-            data, patterns = _table_text(data), anywhere | in_text
-        elif Path(name).suffix in TEXT:
-            patterns = anywhere | in_text
-        for what, pattern in patterns.items():
-            if re.search(pattern, data):
-                raise PublishError(f"{name} holds {what}; nothing was sent. Take it out, and publish again")
+        is_table, is_text = Path(name).suffix == ".parquet", Path(name).suffix in TEXT
+        patterns = anywhere | in_text if is_table or is_text else anywhere
+        for piece in chain(_pieces(content), [_table_text(content)] if is_table else []):
+            for what, pattern in patterns.items():
+                if re.search(pattern, piece):
+                    raise PublishError(f"{name} holds {what}; nothing was sent. Take it out, and publish again")
 
 
 def _forbidden(token: str | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
@@ -258,17 +258,29 @@ def _named(folder: Path, patterns: Sequence[str]) -> list[Path]:
 def _table_without_paths(path: Path) -> Path | bytes:
     """A table as it is or, where its text holds paths of this machine, a copy without them."""
     table = pandas.read_parquet(path)
-    texts = table.select_dtypes(include=["object", "string"]).drop(columns="logits", errors="ignore")
-    cleaned = texts.map(without_paths)
-    if cleaned.equals(texts):
+    cleaned = _texts(table).map(without_paths)
+    if cleaned.equals(_texts(table)):
         return path
     return table.assign(**cleaned).to_parquet(index=False)
 
 
-def _table_text(data: bytes) -> bytes:
-    table = pandas.read_parquet(BytesIO(data))
-    texts = table.select_dtypes(include=["object", "string"]).drop(columns="logits", errors="ignore")
-    return data + "\n".join(map(str, chain(table.columns, texts.to_numpy().ravel()))).encode()
+def _table_text(content: Path | bytes) -> bytes:
+    """The text of a table, which its file holds compressed."""
+    table = pandas.read_parquet(BytesIO(content) if isinstance(content, bytes) else content)
+    return "\n".join(map(str, chain(table.columns, _texts(table).to_numpy().ravel()))).encode()
+
+
+def _texts(table: DataFrame) -> DataFrame:
+    return table.select_dtypes(include=["object", "string"]).drop(columns="logits", errors="ignore")
+
+
+def _pieces(content: Path | bytes) -> Iterator[bytes]:
+    """Content in pieces that overlap, short enough for a training to go on between two of them."""
+    with BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+        before = b""
+        while piece := file.read(PIECE):
+            yield before + piece
+            before = piece[-OVERLAP:]
 
 
 def _json(value: Any) -> bytes:

@@ -111,9 +111,9 @@ class AudioTrainer(Trainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Ask the Hub before the training, so that what is wrong with it is said early."""
         self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None
-        for left_over in Path(self.args.output_dir).glob(f"{PUSH_FOLDER}*"):  # of a run that was killed
-            shutil.rmtree(left_over)
         if self.is_world_process_zero():
+            for left_over in Path(self.args.output_dir).glob(f"{PUSH_FOLDER}*"):  # of a run that was killed
+                shutil.rmtree(left_over)
             hub.ask(self.args)
 
     def create_model_card(self, *args, **kwargs) -> None:

@@ -239,6 +239,15 @@ def test_whatever_must_not_leave_is_found(what, name, online, tmp_path, monkeypa
     assert SECRET not in str(error.value) and "hf_" not in str(error.value)
 
 
+def test_a_secret_between_two_pieces_of_a_large_file_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setattr("audio_dendrites.hub.PIECE", 1000)
+    monkeypatch.setattr("audio_dendrites.hub.OVERLAP", 50)
+    (tmp_path / "model.safetensors").write_bytes(bytes(1990) + SECRET.encode() + bytes(5000))
+    with pytest.raises(PublishError, match="model.safetensors holds the value of the environment variable WANDB"):
+        check_outgoing({"model.safetensors": tmp_path / "model.safetensors"})
+
+
 def test_ordinary_words_of_the_environment_are_no_secrets(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "accuracy")
     monkeypatch.setattr(socket, "gethostname", lambda: "audio")

@@ -119,7 +119,7 @@ def test_one_command_publishes_both_checkpoints_and_strangers_load_them(runs, on
     cards = {repo_id: online.files(repo_id)["README.md"].decode() for repo_id in ("me/tones", "me/tones-baseline")}
     assert "(https://huggingface.co/me/tones-baseline)" in cards["me/tones"]
     assert "(https://huggingface.co/me/tones)" in cards["me/tones-baseline"]
-    pinned = re.search('trust_remote_code=True, revision="([0-9a-f]{40})"', cards["me/tones"])[1]
+    pinned = re.search(r'trust_remote_code=True,\s+revision="([0-9a-f]{40})"', cards["me/tones"])[1]
     assert online.commits("me/tones")[1] == pinned and "revision=" not in cards["me/tones-baseline"]
 
     rows = list(range(16, 24))
@@ -148,7 +148,7 @@ for arguments in ({{"model": "me/tones-baseline"}},
     for line, run in zip(done.stdout.splitlines(), ("run_baseline", "run"), strict=True):
         found = np.array(json.loads(line))
         expected = np.stack(pandas.read_parquet(runs / run / "predictions.parquet")["logits"])
-        assert np.abs(found - expected).max() < 1e-5
+        assert np.abs(found - expected).max() < 1e-4  # without torchaudio the stock features are NumPy's
 
 
 def test_nothing_secret_is_in_anything_the_hub_received(runs, online, monkeypatch):
