@@ -7,6 +7,7 @@ Examples are dictionaries with `input_values`, a log-mel spectrogram of shape (f
 normalised to mean 0, and `labels`, a class number. `AugmentedClips` gives each training example a `draw`, and the
 collator augments just those that have one: evaluation needs no second collator and never gets augmented.
 Set `remove_unused_columns=False`, or the Trainer takes the `draw` away. Needs NumPy, SciPy, torch, transformers.
+`WaveformCollator` is the same for models that compute their spectrogram themselves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from transformers import TrainerCallback
 ROLL, PLACE, SHIFT, MIX, MIX_WEIGHT = range(5)
 FILTER = slice(5, 10)
 MASKS = 10
+GAIN, NOISE = 5, 6  # the filter's columns, of which waveforms have no use
 
 
 class AugmentedClips(Dataset):
@@ -128,7 +130,9 @@ class SpectrogramCollator:
         if draws is not None:
             if self.mixup_alpha:
                 batch = self._mixup(batch, draws)
-            self._mask(batch["input_values"], draws)
+            values = batch["input_values"]
+            frames, bands = self._masks(draws, values.shape[1], values.shape[2])
+            values.masked_fill_(frames[:, :, None] | bands[:, None, :], 0.0)
         return batch
 
     def _draw(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
@@ -139,21 +143,8 @@ class SpectrogramCollator:
         )
 
     def _fit(self, clips: list[torch.Tensor], draws: torch.Tensor | None) -> torch.Tensor:
-        """Roll, pad or crop to (batch, max_length, bands) by one gather over all frames, then filter and shift."""
-        lengths = torch.tensor([len(clip) for clip in clips])
-        spare = lengths - self.max_length  # over 0: frames to cut; under 0: frames to pad
-        start = torch.zeros_like(spare)
-        roll = torch.zeros_like(spare)
-        if draws is not None:
-            if self.random_crop:
-                # From `start` on, counted from the clip's first frame: 0..spare, or spare..0 where it is short.
-                start = torch.where(spare < 0, -_below(draws[:, PLACE], 1 - spare), _below(draws[:, PLACE], spare + 1))
-            roll = _below(draws[:, ROLL], 2 * self.time_roll + 1) - self.time_roll
-        frame = start[:, None] + torch.arange(self.max_length)
-        inside = (frame >= 0) & (frame < lengths[:, None])
-        first = torch.cumsum(lengths, 0) - lengths
-        source = first[:, None] + (frame - roll[:, None]) % lengths[:, None]
-        batch = torch.cat(clips)[source].float()
+        """Roll, pad or crop to (batch, max_length, bands), then filter and shift."""
+        batch, inside = self._place(clips, draws, self.max_length, self.time_roll)
         if draws is not None and self.filter_gain:
             points = self.filter_gain * (2 * draws[:, None, FILTER] - 1)
             batch += nn.functional.interpolate(points, batch.shape[2], mode="linear", align_corners=True).float()
@@ -163,28 +154,113 @@ class SpectrogramCollator:
             batch = batch.take_along_dim((bands + shift[:, None]).clamp(0, len(bands) - 1)[:, None, :], dim=2)
         return batch.masked_fill_(~inside[:, :, None], self.padding_value)
 
+    def _place(
+        self, clips: list[torch.Tensor], draws: torch.Tensor | None, max_length: int, time_roll: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, max_length, …) float32 by one gather over all clips, and where (batch, max_length) it is a clip's."""
+        lengths = torch.tensor([len(clip) for clip in clips])
+        spare = lengths - max_length  # over 0: frames to cut; under 0: frames to pad
+        start = torch.zeros_like(spare)
+        roll = torch.zeros_like(spare)
+        if draws is not None:
+            if self.random_crop:
+                # From `start` on, counted from the clip's first frame: 0..spare, or spare..0 where it is short.
+                start = torch.where(spare < 0, -_below(draws[:, PLACE], 1 - spare), _below(draws[:, PLACE], spare + 1))
+            roll = _below(draws[:, ROLL], 2 * time_roll + 1) - time_roll
+        frame = start[:, None] + torch.arange(max_length)
+        inside = (frame >= 0) & (frame < lengths[:, None])
+        first = torch.cumsum(lengths, 0) - lengths
+        source = first[:, None] + (frame - roll[:, None]) % lengths[:, None]
+        return torch.cat(clips)[source].float(), inside
+
     def _mixup(self, batch: dict[str, torch.Tensor], draws: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each chosen clip with its neighbour in the batch, whose order the sampler has shuffled."""
         weight = torch.from_numpy(betaincinv(self.mixup_alpha, self.mixup_alpha, draws[:, MIX_WEIGHT].numpy()))
         weight = torch.where(draws[:, MIX] < self.mixup_probability, weight, 1.0).float()
         labels = nn.functional.one_hot(batch["labels"], self.num_labels).float()
+        values = batch["input_values"]
         return {
-            "input_values": _blend(batch["input_values"], weight[:, None, None]),
+            "input_values": _blend(values, weight.view(-1, *[1] * (values.dim() - 1))),
             "labels": _blend(labels, weight[:, None]),
         }
 
-    def _mask(self, spectrograms: torch.Tensor, draws: torch.Tensor) -> None:
-        """SpecAugment in place: width 0..mask, then a place where it fits."""
-        axes = [(1, self.time_mask)] * self.time_masks + [(2, self.frequency_mask)] * self.frequency_masks
+    def _masks(self, draws: torch.Tensor, frames: int, bands: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """SpecAugment: (batch, frames) and (batch, bands), True where masked; width 0..mask, then a place it fits."""
+        masks = tuple(torch.zeros(len(draws), size, dtype=torch.bool) for size in (frames, bands))
+        axes = [(0, self.time_mask)] * self.time_masks + [(1, self.frequency_mask)] * self.frequency_masks
         for number, (axis, longest) in enumerate(axes):
             if longest == 0:
                 continue
-            size = spectrograms.shape[axis]
+            size = masks[axis].shape[1]
             width = _below(draws[:, MASKS + 2 * number], min(longest, size) + 1)
             start = _below(draws[:, MASKS + 2 * number + 1], size - width + 1)
             place = torch.arange(size)
-            masked = (place >= start[:, None]) & (place < (start + width)[:, None])
-            spectrograms.masked_fill_(masked.unsqueeze(3 - axis), 0.0)
+            masks[axis].logical_or_((place >= start[:, None]) & (place < (start + width)[:, None]))
+        return masks
+
+
+@dataclass
+class WaveformCollator(SpectrogramCollator):
+    """The same for examples whose `input_values` are waveforms, (samples,), and for models that make the spectrogram.
+
+    Lengths, rolls and masks count in frames of that spectrogram, as in SpectrogramCollator. The masks are handed to the
+    model. A filter and a shift of mel bands would be an error.
+
+    Attributes:
+        window_length, hop_length: Samples of a frame, and from one frame to the next; a window of 0 stands for frames
+            centred on every hop.
+        num_mel_bins: Mel bands of the spectrogram.
+        gain: Louder or softer by up to so many decibels.
+        noise: White Gaussian noise of up to so much, as a share of the clip's RMS: 0.1 is 20 dB below it.
+    """
+
+    window_length: int = 400
+    hop_length: int = 160
+    num_mel_bins: int = 128
+    gain: float = 0.0
+    noise: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.filter_gain or self.frequency_shift:
+            raise ValueError("filter_gain, frequency_shift: need spectrograms, and these are waveforms")
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """One batch.
+
+        Args:
+            examples: Each with `input_values` (samples,), and optionally `labels` (int) and `draw`.
+
+        Returns:
+            `input_values` (batch, samples) float32, 0 where padded, and `attention_mask`, int64, 0 there and 1
+            elsewhere; `labels` as SpectrogramCollator's; with a `draw` and masks, `masked_frames` (batch, max_length)
+            and `masked_bands` (batch, num_mel_bins), bool.
+        """
+        clips = [torch.as_tensor(example["input_values"]) for example in examples]
+        draws = self._draw(examples) if "draw" in examples[0] else None
+        samples = (self.max_length - 1) * self.hop_length + self.window_length
+        values, inside = self._place(clips, draws, samples, self.time_roll * self.hop_length)
+        values.masked_fill_(~inside, 0.0)
+        batch = {"input_values": values}
+        if "labels" in examples[0]:
+            batch["labels"] = torch.tensor([int(example["labels"]) for example in examples])
+        if draws is None:
+            return batch | {"attention_mask": inside.long()}
+        if self.gain:
+            decibels = self.gain * (2 * draws[:, GAIN, None] - 1)
+            values *= (10 ** (decibels / 20)).float()
+        if self.noise:
+            rms = (values.square().sum(1) / inside.sum(1)).sqrt()
+            keys = [(*example["draw"], 1) for example in examples]
+            white = np.stack([np.random.default_rng(key).standard_normal(samples, np.float32) for key in keys])
+            values += (self.noise * draws[:, NOISE] * rms).float()[:, None] * torch.from_numpy(white) * inside
+        if self.mixup_alpha:
+            batch = self._mixup(batch, draws)
+            inside = inside | inside.roll(1, 0) & (draws[:, MIX] < self.mixup_probability)[:, None]
+        if self.time_mask or self.frequency_mask:
+            frames, bands = self._masks(draws, self.max_length, self.num_mel_bins)
+            batch |= {"masked_frames": frames, "masked_bands": bands}
+        return batch | {"attention_mask": inside.long()}
 
 
 def _below(uniform: torch.Tensor, bound: torch.Tensor | int) -> torch.Tensor:

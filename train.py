@@ -20,7 +20,7 @@ from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_
 from audio_dendrites.export import export_dendritic
 from audio_dendrites.features import ClipFeatures, ExactFeatures, extract_features
 from audio_dendrites.metrics import compute_metrics
-from audio_dendrites.models.ast import learning_rates, load_ast, load_extractor
+from audio_dendrites.models.loading import check_model, learning_rates, load_extractor, load_model
 from audio_dendrites.trainer import (
     AudioTrainer,
     check_run_folder,
@@ -28,7 +28,7 @@ from audio_dendrites.trainer import (
     prepare_process,
     writing_to,
 )
-from data_collator import AugmentedClips, SetEpoch, SpectrogramCollator
+from data_collator import AugmentedClips, SetEpoch, SpectrogramCollator, WaveformCollator
 from pai_callback import PAICallback, PAIError, PAITrainerMixin
 
 CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
@@ -45,13 +45,14 @@ def train(recipe: Recipe) -> None:
     prepare_process(args)
     set_seed(args.seed)
 
+    extractor = load_extractor(recipe.model, recipe.features)
+    check_model(recipe, extractor)
     with args.main_process_first(desc="loading the data"):
         clips, index = load_clips(recipe.data)
     splits = split_by_fold(index, recipe.data)
     labels = class_names(index, splits, recipe.data)
 
-    extractor = load_extractor(recipe.model, recipe.features)
-    model = load_ast(labels, recipe.model, extractor.max_length, extractor.num_mel_bins)
+    model = load_model(labels, recipe.model, extractor)
     check_run_folder(recipe, model)
     if report.is_finished(folder) and args.resume_from_checkpoint is None:
         return report.print_summary(folder)
@@ -68,7 +69,7 @@ def train(recipe: Recipe) -> None:
     splits, skipped = drop_bad_clips(splits, features["error"], recipe.data.on_bad_clip)
     targets = {split: index["label"].iloc[rows].map(labels.index) for split, rows in splits.items()}
     examples = {
-        split: ClipFeatures(features.select(rows), targets[split], extractor.num_mel_bins)
+        split: ClipFeatures(features.select(rows), targets[split], extractor.row_width)
         for split, rows in splits.items()
     }
 
@@ -78,8 +79,8 @@ def train(recipe: Recipe) -> None:
     trainer = (AudioTrainer if grower is None else DendriticAudioTrainer)(
         model,
         args,
-        data_collator=SpectrogramCollator(
-            extractor.max_length, len(labels), extractor.padding_level, **vars(recipe.augmentation)
+        data_collator=(WaveformCollator if recipe.model.waveform else SpectrogramCollator)(
+            num_labels=len(labels), **extractor.batch_layout, **recipe.augmentation.settings(recipe.model.waveform)
         ),
         train_dataset=AugmentedClips(examples["train"], args.seed),
         eval_dataset=examples["validation"],

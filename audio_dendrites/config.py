@@ -91,7 +91,7 @@ class FeatureArguments:
 
 @dataclass
 class AugmentationArguments:
-    """What `data_collator.SpectrogramCollator` does to a training batch; evaluation gets none of it."""
+    """What a collator of `data_collator` does to a training batch; evaluation gets none of it."""
 
     _argument_group_name = "augmentation"
 
@@ -110,6 +110,28 @@ class AugmentationArguments:
     frequency_masks: int = field(default=1, metadata={"help": "SpecAugment: frequency masks a clip."})
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup weights come from Beta(alpha, alpha); 0: none."})
     mixup_probability: float = field(default=1.0, metadata={"help": "Share of clips that are mixed with another."})
+    gain: float = field(
+        default=0.0, metadata={"help": "Louder or softer by up to so many decibels; waveform models only."}
+    )
+    noise: float = field(
+        default=0.0,
+        metadata={"help": "White noise of up to so much, as a share of the clip's RMS; waveform models only."},
+    )
+
+    def settings(self, waveform: bool) -> dict[str, Any]:
+        """The collator's settings.
+
+        Raises:
+            RecipeError: One is asked for that only the other kind of input has.
+        """
+        alien = ("filter_gain", "frequency_shift") if waveform else ("gain", "noise")
+        for name in alien:
+            if value := getattr(self, name):
+                raise RecipeError(
+                    f"{name}: found {value}, wanted none with waveform: {str(waveform).lower()}; it changes "
+                    f"{'spectrograms' if waveform else 'waveforms'} before the model gets them"
+                )
+        return {name: value for name, value in vars(self).items() if name not in alien}
 
 
 @dataclass
@@ -118,13 +140,23 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
+    architecture: Literal["ast", "vit", "cnn14"] | None = field(
+        default=None, metadata={"help": "Family of the network; left out: that of `model`, or ast."}
+    )
     model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a pretrained AST; left out: random weights."}
+        default=None,
+        metadata={"help": "Hub id or folder of a pretrained AST, ViT or CNN14; left out: random weights."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the Hub model."})
     model_config: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "ASTConfig fields to set, as JSON on the command line: '{\"time_stride\": 16}'."},
+        metadata={"help": "Configuration fields to set, as JSON on the command line: '{\"time_stride\": 16}'."},
+    )
+    waveform: bool = field(
+        default=False, metadata={"help": "The model gets waveforms and computes the spectrogram on its device."}
+    )
+    trainable_filters: bool = field(
+        default=False, metadata={"help": "With `waveform`: the mel filters are trained with the rest."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2 …; left out: the library chooses."}

@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import ASTForAudioClassification, FeatureExtractionMixin
+from transformers import ASTForAudioClassification, FeatureExtractionMixin, PreTrainedModel
 
-from audio_dendrites.models.dendritic import ACTIVATIONS, LAYERS, DendriticASTConfig, DendriticASTForAudioClassification
+from audio_dendrites.models.dendritic import (
+    ACTIVATIONS,
+    LAYERS,
+    DendriticASTForAudioClassification,
+    DendriticMixin,
+)
 
 NEURON = "PAINeuronModule"  # perforatedai's classes by name: importing it prints, and it may not be installed
 
@@ -30,7 +35,7 @@ def export_dendritic(
 ) -> None:
     """Write a model with dendrites as a folder for `from_pretrained(..., trust_remote_code=True)` and `pipeline`.
 
-    A model on which nothing has grown is written as the plain AST it is. Every file is written in a folder beside and
+    A model on which nothing has grown is written as the plain one it is. Every file is written in a folder beside and
     renamed, so that no half-written model replaces a whole one.
 
     Args:
@@ -53,25 +58,25 @@ def export_dendritic(
             os.replace(path, folder / path.name)
 
 
-def dendritic_copy(model: nn.Module, activation: str | None = None) -> ASTForAudioClassification:
+def dendritic_copy(model: nn.Module, activation: str | None = None) -> PreTrainedModel:
     """The same function as a plain transformers model that holds nothing of perforatedai.
 
     Args:
-        model: An ASTForAudioClassification with modules of perforatedai in it, also in DDP or torch.compile; it is left
-            as it is, and so is the random state.
+        model: An ASTForAudioClassification, or a model of this project, with modules of perforatedai in it, also in DDP
+            or torch.compile; it is left as it is, and so is the random state.
         activation: The dendrites' activation; left out, the one perforatedai is set to now.
 
     Returns:
-        A `DendriticASTForAudioClassification`, or an `ASTForAudioClassification` where nothing has grown; on the same
-        device, of the same dtype and in the same mode, with tensors of its own.
+        A `DendriticASTForAudioClassification` for an AST on which something has grown, else a model of the same class;
+        on the same device, of the same dtype and in the same mode, with tensors of its own.
 
     Raises:
-        ExportError: The model is no AST, dendrites are still growing, or sit on something that is neither Linear nor
-            Conv2d.
+        ExportError: The model is none of these, dendrites are still growing, or sit on something that is neither Linear
+            nor Conv2d.
     """
     model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
-    if not isinstance(model, ASTForAudioClassification):
-        raise ExportError(f"found a {type(model).__name__}, wanted an ASTForAudioClassification")
+    if not isinstance(model, ASTForAudioClassification | DendriticMixin):
+        raise ExportError(f"found a {type(model).__name__}, wanted an ASTForAudioClassification or one of this project")
     perforated = {name: module for name, module in model.named_modules() if type(module).__name__ == NEURON}
     grown = {name: module for name, module in perforated.items() if _checked_count(name, module)}
     structure = {
@@ -125,12 +130,13 @@ def current_activation() -> str:
     raise ExportError(f"perforatedai's activation is {function}, wanted one of {', '.join(ACTIVATIONS)}")
 
 
-def _without_weights(model: ASTForAudioClassification, structure: dict[str, Any]) -> ASTForAudioClassification:
+def _without_weights(model: PreTrainedModel, structure: dict[str, Any]) -> PreTrainedModel:
     config = model.config.to_dict()
     if not structure:
-        return ASTForAudioClassification(type(model.config).from_dict(config))
+        return type(model)(type(model.config).from_dict(config))
     config.pop("model_type")
-    return DendriticASTForAudioClassification(DendriticASTConfig.from_dict(config | {"dendrites": structure}))
+    dendritic = type(model) if isinstance(model, DendriticMixin) else DendriticASTForAudioClassification
+    return dendritic(dendritic.config_class.from_dict(config | {"dendrites": structure}))
 
 
 def _checked_count(name: str, module: nn.Module) -> int:

@@ -1,7 +1,8 @@
-"""Waveforms → log-mel, batched, on any device, equal to `ASTFeatureExtractor`; and its cache on disk."""
+"""Waveforms → log-mel, batched, on any device, equal to `ASTFeatureExtractor`, or as they are; the cache on disk."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -13,14 +14,12 @@ from datasets import Audio, Features, List, Value
 from datasets.fingerprint import Hasher
 from torch.utils.data import Dataset
 from torchaudio.compliance.kaldi import get_mel_banks
-from transformers import ASTFeatureExtractor, BatchFeature
+from transformers import ASTFeatureExtractor, BatchFeature, Wav2Vec2FeatureExtractor
 
 from audio_dendrites.audio import BadClip, load_waveform, window_samples
 
 # Part of the cache's key. Raise it when the same clip and settings give other numbers than before.
 FEATURES_VERSION = 1
-# The rest of the key: the extractor's settings that change a number.
-_FEATURE_SETTINGS = ("sampling_rate", "num_mel_bins", "do_normalize", "mean", "std")
 
 # Frames computed at once: what a CPU core's second-level cache holds with all intermediate results; and on a
 # GPU, which wants long rows of work, 11 minutes of sound in half a GiB.
@@ -34,6 +33,21 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
     It holds nothing but its settings, so that pickles and hashes are stable, and saves itself as the stock
     extractor: a model published with it loads without this package.
     """
+
+    @property
+    def cache_key(self) -> dict[str, Any]:
+        """The settings that change a number."""
+        return {name: getattr(self, name) for name in ("sampling_rate", "num_mel_bins", "do_normalize", "mean", "std")}
+
+    @property
+    def row_width(self) -> int:
+        """Numbers in a row of the features, which is a frame."""
+        return self.num_mel_bins
+
+    @property
+    def batch_layout(self) -> dict[str, Any]:
+        """What `SpectrogramCollator` has to know of the features."""
+        return {"max_length": self.max_length, "padding_value": self.padding_level}
 
     @property
     def padding_level(self) -> float:
@@ -94,6 +108,8 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
         frames = [1 + (len(waveform) - window) // hop for waveform in waveforms]
         return [energies[start : start + count] for start, count in zip(starts, frames, strict=True)]
 
+    features = log_mel  # what `extract_features` stores of a clip
+
     def __call__(
         self,
         raw_speech: np.ndarray | list[float] | list[np.ndarray] | list[list[float]],
@@ -128,6 +144,49 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
         if return_tensors == "pt":
             return BatchFeature({"input_values": values})
         return BatchFeature({"input_values": list(values.cpu().numpy())}).convert_to_tensors(return_tensors)
+
+
+@dataclass(frozen=True)
+class Waveforms:
+    """For a model that computes its spectrogram itself: a clip's features are its samples.
+
+    Attributes:
+        sampling_rate: In Hz.
+        max_length: Frames that the model sees.
+        window_length, hop_length: Samples of a frame, and from one to the next; a window of 0 stands for frames centred
+            on every hop.
+        num_mel_bins: Mel bands of the model's spectrogram.
+        mean, std: Its normalisation.
+    """
+
+    sampling_rate: int
+    max_length: int
+    window_length: int
+    hop_length: int
+    num_mel_bins: int
+    mean: float
+    std: float
+    row_width = None
+
+    @property
+    def cache_key(self) -> dict[str, Any]:
+        """The settings that change a number."""
+        return {"waveforms": True, "sampling_rate": self.sampling_rate}
+
+    @property
+    def batch_layout(self) -> dict[str, Any]:
+        """What `WaveformCollator` has to know of the model's spectrogram."""
+        return {name: getattr(self, name) for name in ("max_length", "window_length", "hop_length", "num_mel_bins")}
+
+    def features(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """The clips as tensors (samples,), float32."""
+        return [torch.from_numpy(waveform) for waveform in waveforms]
+
+    def stock(self) -> Wav2Vec2FeatureExtractor:
+        """The extractor of transformers that only pads, for `pipeline`."""
+        return Wav2Vec2FeatureExtractor(
+            sampling_rate=self.sampling_rate, do_normalize=False, return_attention_mask=True
+        )
 
 
 @lru_cache(maxsize=8)
@@ -193,28 +252,28 @@ def _log_mel_energies(frames: torch.Tensor, sampling_rate: int, num_mel_bins: in
 
 def extract_features(
     clips: datasets.Dataset,
-    extractor: BatchedASTFeatureExtractor,
+    extractor: BatchedASTFeatureExtractor | Waveforms,
     audio_column: str = "audio",
     id_column: str | None = None,
     num_proc: int | None = None,
     batch_size: int = 32,
 ) -> datasets.Dataset:
-    """Replace the audio of a data set by its log-mel features, cached on disk.
+    """Replace the audio of a data set by its features, log-mel or waveforms, cached on disk.
 
     The cache is found again by the data set's fingerprint and the extractor's settings that change a number:
     another `max_length` or `num_proc` uses the same files. A data set made in memory has no cache.
 
     Args:
         clips: Rows with an audio column (bytes or paths).
-        extractor: Whose `log_mel` to store.
+        extractor: Whose `features` to store.
         audio_column: The column to replace.
         id_column: Column that names a clip in error messages; its path or row number if not given.
         num_proc: Processes; None: this one.
         batch_size: Clips a call; more only takes more memory.
 
     Returns:
-        The other columns and two new ones: `input_values`, float16, (frames * num_mel_bins,) frame by frame,
-        at the clip's own length, and `error`: "", or why the clip could not be read and has no frames.
+        The other columns and two new ones: `input_values`, float16, (frames * num_mel_bins,) frame by frame or
+        (samples,), at the clip's own length, and `error`: "", or why the clip could not be read and has no frames.
 
     Raises:
         ValueError: The data set lacks the audio column or has one that is named as a new one.
@@ -229,7 +288,7 @@ def extract_features(
         "version": FEATURES_VERSION,
         "audio_column": audio_column,
         "id_column": id_column,
-        **{name: getattr(extractor, name) for name in _FEATURE_SETTINGS},
+        **extractor.cache_key,
     }
     kept = {name: kind for name, kind in clips.features.items() if name != audio_column}
     # Flat lists of float16, through Arrow: Array2D took as long to write, but twenty times as long to read a random
@@ -249,7 +308,7 @@ def extract_features(
         features=features,
         num_proc=num_proc,
         new_fingerprint=Hasher.hash([clips._fingerprint, settings]),
-        desc="Log-mel features",
+        desc="Features",
     )
     return mapped.with_format(None)
 
@@ -257,7 +316,7 @@ def extract_features(
 def _extract_batch(
     clips: pa.Table,
     rows: Sequence[int],
-    extractor: BatchedASTFeatureExtractor,
+    extractor: BatchedASTFeatureExtractor | Waveforms,
     audio_column: str,
     id_column: str | None,
     caller: int,
@@ -277,7 +336,7 @@ def _extract_batch(
             errors[place] = str(error)
     sizes = np.zeros(len(rows) + 1, dtype=np.int32)
     values = [np.empty(0, dtype=np.float16)]
-    for place, energies in zip(waveforms, extractor.log_mel(list(waveforms.values())), strict=True):
+    for place, energies in zip(waveforms, extractor.features(list(waveforms.values())), strict=True):
         sizes[place + 1] = energies.numel()
         values.append(energies.half().numpy().ravel())
     offsets = np.cumsum(sizes, dtype=np.int32)
@@ -295,19 +354,19 @@ class ClipFeatures(Dataset):
     Args:
         features: Rows with `input_values`.
         labels: The class number of each row.
-        num_mel_bins: Width of a frame.
+        num_mel_bins: Width of a frame; none for waveforms.
     """
 
-    def __init__(self, features: datasets.Dataset, labels: Sequence[int], num_mel_bins: int):
+    def __init__(self, features: datasets.Dataset, labels: Sequence[int], num_mel_bins: int | None):
         self._values = features.select_columns("input_values").with_format("arrow")
         self._labels = np.asarray(labels)
-        self._num_mel_bins = num_mel_bins
+        self._shape = (-1,) if num_mel_bins is None else (-1, num_mel_bins)
 
     def __len__(self) -> int:
         return len(self._values)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One example: `input_values`, float16 tensor (frames, num_mel_bins), and `labels`, the class number."""
+        """One example: `input_values`, float16 (frames, num_mel_bins) or (samples,), and `labels`, the class number."""
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -316,7 +375,7 @@ class ClipFeatures(Dataset):
         return [
             {
                 # A copy, because the cache file in memory is read-only.
-                "input_values": torch.from_numpy(clip.values.to_numpy().reshape(-1, self._num_mel_bins).copy()),
+                "input_values": torch.from_numpy(clip.values.to_numpy().reshape(self._shape).copy()),
                 "labels": int(self._labels[row]),
             }
             for row, clip in zip(rows, clips, strict=True)
@@ -329,12 +388,16 @@ class ExactFeatures(Dataset):
     Args:
         clips: Rows with an audio column (bytes or paths).
         labels: The class number of each row.
-        extractor: Whose `log_mel` to compute.
+        extractor: Whose `features` to compute.
         audio_column: The column with the sound.
     """
 
     def __init__(
-        self, clips: datasets.Dataset, labels: Sequence[int], extractor: BatchedASTFeatureExtractor, audio_column: str
+        self,
+        clips: datasets.Dataset,
+        labels: Sequence[int],
+        extractor: BatchedASTFeatureExtractor | Waveforms,
+        audio_column: str,
     ):
         self._sound = clips.select_columns(audio_column).cast_column(audio_column, Audio(decode=False))
         self._labels = np.asarray(labels)
@@ -345,6 +408,6 @@ class ExactFeatures(Dataset):
         return len(self._sound)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One example: `input_values`, float32 tensor (frames, num_mel_bins), and `labels`, the class number."""
+        """One example: `input_values`, float32 (frames, num_mel_bins) or (samples,), and `labels`, the class number."""
         waveform = load_waveform(self._sound[row][self._audio_column], self._extractor.sampling_rate)
-        return {"input_values": self._extractor.log_mel([waveform])[0], "labels": int(self._labels[row])}
+        return {"input_values": self._extractor.features([waveform])[0], "labels": int(self._labels[row])}

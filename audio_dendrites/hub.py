@@ -38,6 +38,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from pandas import DataFrame
 from transformers import TrainingArguments
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import HubStrategy
 
 from audio_dendrites.config import RecipeError, written_whole
@@ -94,6 +95,11 @@ PIECE, OVERLAP = 1 << 24, 1 << 12  # bytes; nothing that is looked for is longer
 BUSY = {408, 429, 500, 502, 503, 504}
 FULL = re.compile("quota|storage|limit|exceed|payment", re.IGNORECASE)
 
+FAMILIES = {
+    "audio-spectrogram-transformer": "Audio Spectrogram Transformer",
+    "mel-vit": "Vision Transformer on mel spectrograms",
+    "cnn14": "CNN14",
+}
 URBANSOUND8K = {
     "air_conditioner", "car_horn", "children_playing", "dog_bark", "drilling", "engine_idling", "gun_shot",
     "jackhammer", "siren", "street_music",
@@ -169,10 +175,13 @@ def checkpoint_files(last: Path, best: Path | None, folder: Path) -> dict[str, P
 
 
 def code_files(folder: Path) -> list[str]:
-    """The Python files that a model's config.json names for `trust_remote_code`."""
-    classes = _read_json(folder / "config.json").get("auto_map", {}) if (folder / "config.json").is_file() else {}
-    modules = {name.split("--")[-1].split(".")[0] for name in classes.values()}
-    return [f"{module}.py" for module in sorted(modules)]
+    """The Python files that `trust_remote_code` runs: those the configurations name, and those they import."""
+    found = set()
+    for path in _named(folder, ("config.json", "preprocessor_config.json")):
+        for name in _read_json(path).get("auto_map", {}).values():
+            module = folder / f"{name.split('--')[-1].split('.')[0]}.py"
+            found |= {module.name, *(Path(file).name for file in get_relative_import_files(module))}
+    return sorted(found)
 
 
 def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
@@ -338,12 +347,13 @@ def model_card(
         "urbansound8k" in metrics["dataset"].lower() or set(metrics["labels"]) == URBANSOUND8K
     )
     is_synthetic = metrics["dataset"] == "synthetic" and metrics["base_model"] is None
-    tags = ["audio-classification", "audio-spectrogram-transformer"]
+    grown = any(dendrites["layers"].values()) if dendrites else False
+    architecture = metrics.get("architecture", "audio-spectrogram-transformer")
     data = ModelCardData(
         license="cc-by-nc-4.0" if urbansound8k else "apache-2.0" if is_synthetic else None,
         library_name="transformers",
         pipeline_tag="audio-classification",
-        tags=tags + ["dendrites", "perforatedai"] * remote_code,
+        tags=["audio-classification", architecture] + ["dendrites", "perforatedai"] * grown,
         base_model=base_model,
         datasets=None if dataset is None else [dataset],
         metrics=["accuracy", "f1"],
@@ -354,6 +364,7 @@ def model_card(
         data,
         template_path=str(template),
         **{"test": None, "running": None} | dict(metrics),
+        code=sorted(file for file in files if file.endswith(".py")),
         name=name,
         title=Path(name).name,
         files=files,
@@ -362,7 +373,8 @@ def model_card(
         remote_code=remote_code,
         urbansound8k=urbansound8k,
         dendritic=dendrites,
-        grown=sorted({entry for entry in dendrites["layers"].values() if entry}) if dendrites else [],
+        grown=grown,
+        family=FAMILIES.get(architecture, architecture),
         recipe=recipe,
         results=_results(metrics),
         classes=_classes(metrics),

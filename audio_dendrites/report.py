@@ -253,9 +253,11 @@ def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[s
     """What is known of a run before it ends: where model and data come from, their size, and where it runs."""
     sources = {"dataset": recipe.data.dataset, "base_model": recipe.model.model}
     parameters = list(trainer.model.parameters())
+    config = trainer.model.config
     grower = getattr(trainer, "pai_callback", None)  # counts what the model computes with, without scaffolding
     return {
         **sources,
+        "architecture": getattr(config, "backbone", config).model_type,
         "local": [name for name, source in sources.items() if is_local(source)],
         "labels": list(labels),
         "sampling_rate": trainer.processing_class.sampling_rate,

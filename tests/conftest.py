@@ -110,3 +110,11 @@ TINY_AST = {
     "time_stride": 16,
     "frequency_stride": 16,
 }
+TINY_VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+}
+TINY_CNN14 = {"width": 0.0625, "num_hidden_layers": 3}

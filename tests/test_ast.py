@@ -5,14 +5,15 @@ from conftest import TINY_AST
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, AutoFeatureExtractor
 
 from audio_dendrites.config import FeatureArguments, ModelArguments, RecipeError
-from audio_dendrites.models.ast import (
-    learning_rates,
-    load_ast,
-    load_extractor,
-    resample_position_embeddings,
-)
+from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.models.ast import resample_position_embeddings
+from audio_dendrites.models.loading import learning_rates, load_extractor, load_model
 
 LABELS = ["a", "b", "c"]
+
+
+def load_ast(labels, arguments, frames):
+    return load_model(labels, arguments, BatchedASTFeatureExtractor(max_length=frames))
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_random_weights_have_no_zero_embeddings():
         ({"model_config": {"max_length": 3}}, 160, "max_length and num_mel_bins are fields of the recipe"),
         ({"model_config": {"hidden_size": "big"}}, 160, "model_config: .*'hidden_size'.*expected int, got str"),
         ({}, 12, "max_length: found 12, wanted at least one patch, 16"),
-        ({"model": "nowhere"}, 160, "(?s)'nowhere'.*hf download.*--model FOLDER"),
+        ({"model": "nowhere"}, 160, "(?s)'nowhere'.*audio_dendrites.data download RECIPE.*--model FOLDER"),
         ({"unfreeze_last_layers": 13}, 160, "unfreeze_last_layers: found 13, wanted 0 to 12"),
     ],
 )
@@ -130,7 +131,7 @@ def test_a_model_of_another_kind_is_an_error(tmp_path):
     from transformers import Wav2Vec2Config
 
     Wav2Vec2Config().save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match="is of type 'wav2vec2', wanted 'audio-spectrogram-transformer'"):
+    with pytest.raises(RecipeError, match="is of type 'wav2vec2', wanted 'audio-spectrogram-transformer', 'mel-vit'"):
         load_ast(LABELS, ModelArguments(model=str(tmp_path)), 160)
 
 

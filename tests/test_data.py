@@ -1,10 +1,14 @@
+import io
 import logging
 
 import numpy as np
 import pytest
+import soundfile
 from conftest import TONES
 from datasets import ClassLabel, Dataset
+from transformers import ASTFeatureExtractor
 
+from audio_dendrites import data as data_module
 from audio_dendrites.config import DataArguments, RecipeError
 from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
 
@@ -96,12 +100,13 @@ def test_bad_data_is_an_error_that_says_what_there_is(tones, changes, message):
 
 @pytest.mark.parametrize("mode", ["offline", "refused"])
 def test_an_unreachable_hub_names_the_ways_out(monkeypatch, mode):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its retries
     if mode == "refused":
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(RecipeError, match="(?s)not reachable.*hf download --repo-type dataset a/b.*--dataset FOLDER"):
+    with pytest.raises(RecipeError, match="(?s)not reachable.*audio_dendrites.data download RECIPE.*--dataset FOLDER"):
         load_clips(DataArguments(dataset="a/b"))
 
 
@@ -124,3 +129,30 @@ def test_features_do_not_depend_on_how_clips_are_labelled(tones):
     by_kind, _ = load_clips(arguments(tones))
     by_fold, _ = load_clips(arguments(tones, label_column="fold", group_column=None))
     assert by_kind._fingerprint == by_fold._fingerprint
+
+
+def test_stats_tell_what_a_recipe_trains_on(tones, tmp_path, capsys):
+    clips = Dataset.from_parquet(str(tones), cache_dir=str(tmp_path)).to_list()
+    clips[23]["audio"]["bytes"] = b"broken"
+    clips[2]["recording"] = clips[23]["recording"]
+    Dataset.from_list(clips).to_parquet(tmp_path / "clips.parquet")
+    fields = [f"--{name}={value if isinstance(value, str) else value[0]}" for name, value in TONES.items()]
+    data_module.main(["stats", "--dataset", str(tmp_path / "clips.parquet"), *fields])
+    told = capsys.readouterr().out
+    table = [line.split() for line in told.splitlines()]
+    for row in (["high", "4", "4", "4", "12"], ["low", "4", "4", "4", "12"], ["all", "8", "8", "8", "24"]):
+        assert row in table
+    assert "seconds: 0.300 shortest, 0.520 median, 0.740 longest, 12 in all" in told
+    assert "sampling rates: 16000 Hz (23 clips)" in told
+    assert "unreadable clips: 1\n  clip-23: " in told
+    assert "source recordings in several folds: 1 of 12\n  11: folds 1, 3\n" in told
+
+    extractor = ASTFeatureExtractor(do_normalize=False, max_length=1024)
+    energies = []
+    for clip in clips[:8]:
+        waveform, _ = soundfile.read(io.BytesIO(clip["audio"]["bytes"]), dtype="float32")
+        frames = 1 + (len(waveform) - 400) // 160
+        energies.append(extractor(waveform, sampling_rate=16000)["input_values"][0][:frames])
+    energies = np.concatenate(energies)
+    mean, std = (float(line[1]) for line in table if line and line[0] in ("mean:", "std:"))
+    assert (mean, std) == (pytest.approx(energies.mean(), abs=1e-3), pytest.approx(energies.std(), abs=1e-3))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import TINY_AST, tone
+from conftest import TINY_AST, TINY_VIT, tone
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from audio_dendrites.export import ExportError, current_activation, dendritic_copy, dendritic_tensors, export_dendritic
+from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.dendritic import (
     ACTIVATIONS,
     DendriticASTConfig,
@@ -30,6 +31,8 @@ from audio_dendrites.models.dendritic import (
     DendriticConv2d,
     DendriticLinear,
 )
+from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
+from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
 
 with contextlib.redirect_stdout(io.StringIO()):
     GPA = pytest.importorskip("perforatedai.globals_perforatedai")
@@ -418,6 +421,48 @@ def test_modules_that_perforatedai_only_tracks_come_out_as_they_were():
     assert any("main_module.attention" in name for name, _ in live.named_parameters())
     copy = dendritic_copy(live)
     assert torch.equal(logits(copy), logits(live)) and not any("main_module" in name for name in copy.state_dict())
+
+
+FAMILIES = {
+    "cnn14": (
+        lambda: CNN14ForAudioClassification(CNN14Config(width=0.0625, num_hidden_layers=3, num_mel_bins=128)),
+        {"classifier": 2, "layers.2.conv2": 1, "layers.0.conv1": 2, "fc1": 3},
+        {"cnn14.py", "dendritic.py"},
+    ),
+    "vit": (
+        lambda: MelViTForAudioClassification(MelViTConfig(**TINY_VIT)),
+        {"classifier": 2, "vit.layers.1.mlp.fc1": 1, "vit.embeddings.patch_embeddings.projection": 1},
+        {"vit.py", "dendritic.py"},
+    ),
+    "waveform": (
+        lambda: WaveformForAudioClassification(
+            WaveformConfig(backbone=ASTConfig(max_length=FRAMES, **TINY_AST), max_length=FRAMES)
+        ),
+        {f"backbone.{HEAD}": 2, f"backbone.{FC1}": 1},
+        {"cnn14.py", "dendritic.py", "vit.py", "waveform.py"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_this_project_are_exported_as_what_they_are(family, tmp_path):
+    make, counts, files = FAMILIES[family]
+    live = make()
+    values = torch.randn(2, 8000) if family == "waveform" else inputs()
+    grow(live, lambda: live(values, labels=torch.tensor([0, 1])).loss, counts)
+    live.eval()
+    export_dendritic(live, tmp_path / "exported")
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == files | {"config.json", "model.safetensors"}
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path / "exported")
+    assert type(model) is type(live) and {name: d["count"] for name, d in model.config.dendrites.items()} == counts
+    assert torch.equal(logits(model, values), logits(live, values))
+    again = dendritic_copy(make().eval())
+    assert type(again) is type(live) and not again.config.dendrites
+    tensors = load_file(tmp_path / "exported" / "model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith(".top"))]
+    save_file(tensors, tmp_path / "exported" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the weights are not those of this configuration"):
+        AutoModelForAudioClassification.from_pretrained(tmp_path / "exported")
 
 
 def test_an_export_over_an_older_one_replaces_it_and_leaves_other_files(exported):

@@ -154,6 +154,21 @@ def test_the_metadata_are_what_the_hub_takes(kind, online, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("architecture", "family", "paper"),
+    [("cnn14", "A CNN14 that takes waveforms and tells", "kong2020panns"),
+     ("mel-vit", "A Vision Transformer on mel spectrograms that takes waveforms and tells", "dosovitskiy2021image")],
+)  # fmt: skip
+def test_other_architectures_bring_code_and_no_dendrites(architecture, family, paper):
+    files = {"model.safetensors", "waveform.py", "cnn14.py"}
+    metrics = METRICS | {"architecture": architecture}
+    card = ModelCard(model_card(metrics, RECIPE | {"waveform": True}, TEMPLATE, "me/x", files))
+    assert card.data.tags == ["audio-classification", architecture]
+    assert family in card.content and paper in card.content and "gong2021" not in card.content
+    assert "The model is code of this repository, `cnn14.py`, `waveform.py`" in card.content
+    assert "trust_remote_code=True)" in card.content and "dendrites" not in card.content.split("audio-dendrites")[0]
+
+
+@pytest.mark.parametrize(
     ("changes", "license"),
     [
         ({}, "apache-2.0"),

@@ -239,6 +239,30 @@ def test_growth_adds_the_parameters_that_the_table_and_the_logs_say(tmp_path, ca
     assert f"Dendrites, step 2: dendrites grew: 0 -> 1 a layer, {before + 1174:,} parameters" in out
 
 
+@pytest.mark.parametrize("growth_interval", [2000, 3])
+def test_fp16s_loss_scaling_follows_growth(tmp_path, growth_interval):
+    """On a CPU, in fp32: a scale that is a power of two changes no bit, if every gradient is scaled back."""
+    # Without clipping, before which accelerate scales back in fp16 alone.
+    options = {"pai": {"max_dendrites": 2, "tries": 9}, "max_grad_norm": 0.0}
+    trainer = trainer_for(tmp_path / "scaled", **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=growth_interval)
+    trainer.accelerator.scaler = scaler
+    trainer.train()
+    assert scaler.get_scale() == 2.0**10 * 2 ** (trainer.state.global_step // growth_interval)
+    assert_dendrites_learned(trainer.model)
+    assert_same(tensors(run(tmp_path / "plain", **options).model), tensors(trainer.model))
+
+
+def test_a_step_that_overflows_is_left_out_and_growth_goes_on(tmp_path):
+    trainer = trainer_for(tmp_path, pai={"max_dendrites": 2, "tries": 9}, max_steps=20, max_grad_norm=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)  # at first infinite gradients
+    trainer.accelerator.scaler = scaler
+    trainer.train()
+    assert scaler.get_scale() < 2.0**127
+    assert_dendrites_learned(trainer.model)
+    assert all(tensor.isfinite().all() for tensor in tensors(trainer.model).values() if tensor.is_floating_point())
+
+
 def test_until_it_grows_a_run_is_the_baseline_bit_for_bit(tmp_path):
     dropout = {"hidden_dropout_prob": 0.1}
     baseline = run(tmp_path / "0", trainer=Trainer, model=build(**dropout))

@@ -30,7 +30,8 @@ from transformers import (
 import train
 from audio_dendrites import report
 from audio_dendrites.config import ModelArguments, RecipeError, parse_recipe
-from audio_dendrites.models.ast import load_ast
+from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.models.loading import load_model
 from audio_dendrites.trainer import CheckpointError, classification_loss, last_checkpoint
 
 RECIPE = TONES | {
@@ -169,7 +170,8 @@ def test_the_test_fold_is_scored_with_the_best_checkpoint(recipe, tmp_path):
 def test_the_stock_trainer_loses_the_encoder_and_ours_restores_it(tmp_path, trainer, restored):
     """Where the first case fails, transformers has mended the fault that ours works around."""
     arguments = TrainingArguments(str(tmp_path), use_cpu=True)
-    saved, fresh = (load_ast(["high", "low"], ModelArguments(model_config=TINY_AST), 48) for _ in range(2))
+    model, extractor = ModelArguments(model_config=TINY_AST), BatchedASTFeatureExtractor(max_length=48)
+    saved, fresh = (load_model(["high", "low"], model, extractor) for _ in range(2))
     trainer(saved, arguments, processing_class=ASTFeatureExtractor()).save_model(str(tmp_path / "checkpoint"))
     trainer(fresh, arguments)._load_from_checkpoint(str(tmp_path / "checkpoint"))
     query = "audio_spectrogram_transformer.layers.0.attention.q_proj.weight"

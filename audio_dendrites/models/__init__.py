@@ -1,9 +1,25 @@
 """One file a model family, each a PreTrainedModel that AutoModelForAudioClassification knows."""
 
-from transformers import AutoConfig, AutoModelForAudioClassification
+from transformers import (
+    ASTFeatureExtractor,
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    Wav2Vec2FeatureExtractor,
+)
 
+from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.dendritic import DendriticASTConfig, DendriticASTForAudioClassification
+from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
+from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
 
-# Here and not in dendritic.py, whose copy in a model folder transformers registers by itself.
-AutoConfig.register(DendriticASTConfig.model_type, DendriticASTConfig, exist_ok=True)
-AutoModelForAudioClassification.register(DendriticASTConfig, DendriticASTForAudioClassification, exist_ok=True)
+# Here and not in the models' files, whose copies in a model folder transformers registers by itself.
+for config, model, extractor in (
+    (DendriticASTConfig, DendriticASTForAudioClassification, ASTFeatureExtractor),
+    (CNN14Config, CNN14ForAudioClassification, ASTFeatureExtractor),
+    (MelViTConfig, MelViTForAudioClassification, ASTFeatureExtractor),
+    (WaveformConfig, WaveformForAudioClassification, Wav2Vec2FeatureExtractor),
+):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForAudioClassification.register(config, model, exist_ok=True)
+    AutoFeatureExtractor.register(config, extractor, exist_ok=True)

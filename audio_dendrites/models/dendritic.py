@@ -1,4 +1,4 @@
-"""An Audio Spectrogram Transformer whose listed layers carry artificial dendrites; needs torch and transformers only.
+"""Networks whose listed layers carry artificial dendrites, among them an AST; needs torch and transformers only.
 
 This file is copied into every exported model folder, where `trust_remote_code=True` runs it: it imports nothing of the
 project it comes from. With n dendrites a layer computes what perforatedai's training forward computes, to the bit,
@@ -179,18 +179,16 @@ class DendriticASTConfig(ASTConfig):
     one_product: bool = False
 
 
-class DendriticASTForAudioClassification(ASTForAudioClassification):
-    """`ASTForAudioClassification` with dendrites on the layers that its configuration lists."""
+class DendriticMixin:
+    """For a PreTrainedModel whose configuration has the fields `dendrites` and `one_product`."""
 
-    config_class = DendriticASTConfig
-
-    def __init__(self, config: DendriticASTConfig):
-        super().__init__(config)
-        add_dendrites(self, config.dendrites or {}, config.one_product)
+    def add_dendrites(self) -> None:
+        """Put dendrites on the layers that the configuration lists; the last of the model's `__init__`."""
+        add_dendrites(self, self.config.dendrites or {}, self.config.one_product)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """`PreTrainedModel.from_pretrained`, where a tensor missing or left over is an error.
+        """`PreTrainedModel.from_pretrained`, where with dendrites a tensor missing or left over is an error.
 
         transformers draws what is missing and warns: a model could lose its dendrites and still answer. What
         `ignore_mismatched_sizes=True` lets pass, such as a head for other classes, begins fresh as it does there.
@@ -199,7 +197,7 @@ class DendriticASTForAudioClassification(ASTForAudioClassification):
             ValueError: Weights and configuration differ.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if info["missing_keys"] or info["unexpected_keys"]:
+        if model.config.dendrites and (info["missing_keys"] or info["unexpected_keys"]):
             raise ValueError(
                 f"the weights are not those of this configuration: missing {_some(info['missing_keys'])}, left over "
                 f"{_some(info['unexpected_keys'])}; config.json and model.safetensors must come from one export"
@@ -210,9 +208,19 @@ class DendriticASTForAudioClassification(ASTForAudioClassification):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DendriticLayer):
-            init.normal_(module.weight, std=self.config.initializer_range)
+            init.normal_(module.weight, std=getattr(self.config, "initializer_range", 0.02))
             for parameter in _others(module):
                 init.zeros_(parameter)
+
+
+class DendriticASTForAudioClassification(DendriticMixin, ASTForAudioClassification):
+    """`ASTForAudioClassification` with dendrites on the layers that its configuration lists."""
+
+    config_class = DendriticASTConfig
+
+    def __init__(self, config: DendriticASTConfig):
+        super().__init__(config)
+        self.add_dendrites()
 
 
 def _with_dendrites(parameter: nn.Parameter, count: int) -> nn.Parameter:

@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
@@ -59,7 +59,8 @@ class Fault:
         status: Answer with this code; left out, the request is served (and perhaps cut).
         message: What the answer says in X-Error-Message and in its body.
         headers: More headers of the answer, such as {"Retry-After": "0"} or {"X-Error-Code": "GatedRepo"}.
-        cut_after: Cut the connection after so many bytes of the upload's or the download's body.
+        cut_after: Cut the connection after so many bytes of the upload's or the download's body; 0: at once, whatever
+            the request.
         down: Take the whole server down with it, as a kill would; `Hub.start` brings it back.
         skip: Let so many matching requests pass first.
         times: How many requests fail.
@@ -752,6 +753,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.log.append(self.entry)
         self.fault = self.hub.fault(f"{self.command} {self.path}")
         try:
+            if self.fault and self.fault.cut_after == 0:
+                self.cut()
             chunks = self.body()
             answer = self.answer(chunks)
             for _ in chunks:  # a body that nobody read would be taken for the next request
@@ -836,6 +839,9 @@ class _Handler(BaseHTTPRequestHandler):
             return CHUNK
         if done < self.fault.cut_after:
             return min(CHUNK, self.fault.cut_after - done)
+        self.cut()
+
+    def cut(self) -> NoReturn:
         if self.fault.down:
             self.hub.stop()
         _shut(self.connection)

@@ -1,0 +1,372 @@
+"""From a recipe to a model: families, feature extractors, pretrained weights, what is trained and how fast."""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import ASTConfig, ASTForAudioClassification, AutoConfig, PreTrainedConfig, PreTrainedModel, ViTConfig
+
+from audio_dendrites.audio import window_samples
+from audio_dendrites.config import FeatureArguments, ModelArguments, Recipe, RecipeError
+from audio_dendrites.features import BatchedASTFeatureExtractor, Waveforms
+from audio_dendrites.models.ast import draw_embeddings, patch_grid, resample_embeddings
+from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
+from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
+from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
+
+logger = logging.getLogger(__name__)
+
+HEAD = re.compile(r"(^|\.)classifier(\.|$)")
+BELOW_THE_LAYERS = re.compile(r"(^|\.)(embeddings|bn0|front_end)\.")
+LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
+
+
+def _check_halvings(config: CNN14Config, max_length: int) -> None:
+    for field, found in (("num_mel_bins", config.num_mel_bins), ("max_length", max_length)):
+        if found < config.smallest_input:
+            raise RecipeError(
+                f"{field}: found {found}, wanted at least {config.smallest_input}: CNN14 halves it "
+                f"{config.num_hidden_layers - 1} times"
+            )
+
+
+def _check_backbone(config: WaveformConfig, max_length: int) -> None:
+    wanted = getattr(config.backbone, "max_length", max_length)
+    if wanted != max_length:
+        raise RecipeError(f"max_length: found {max_length}, wanted {wanted}, which the AST behind the front end takes")
+    if isinstance(config.backbone, CNN14Config):
+        _check_halvings(config.backbone, max_length)
+
+
+def _field_names(config: type[PreTrainedConfig]) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture: its classes, and what sets it apart when it is loaded.
+
+    Attributes:
+        config, model: The classes.
+        starts_from: Model types of the Hub whose weights it takes.
+        input_fields: Fields of its configuration that are the feature extractor's, not the recipe's `model_config`.
+        fixed: Fields that no recipe sets.
+        shape_free: Fields whose change leaves every pretrained weight alone but those that `adapt` fits.
+        check: Raises a RecipeError where a configuration and a number of frames cannot be.
+        begin: Completes random weights.
+        adapt: Fits pretrained weights to the model's configuration from the one given, the pretrained one.
+    """
+
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    starts_from: tuple[str, ...]
+    input_fields: tuple[str, ...] = ()
+    fixed: frozenset[str] = frozenset({"dendrites", "one_product"})
+    shape_free: tuple[str, ...] = ()
+    check: Callable[[Any, int], None] = lambda config, max_length: None
+    begin: Callable[[Any], None] = lambda model: None
+    adapt: Callable[[Any, Any], None] = lambda model, pretrained: None
+
+
+FAMILIES = {
+    "ast": Family(
+        ASTConfig,
+        ASTForAudioClassification,
+        starts_from=(ASTConfig.model_type,),
+        input_fields=("max_length", "num_mel_bins"),
+        shape_free=("frequency_stride", "time_stride", "max_length", "num_mel_bins"),
+        check=lambda config, max_length: patch_grid(config) and None,
+        begin=draw_embeddings,
+        adapt=resample_embeddings,
+    ),
+    "vit": Family(
+        MelViTConfig, MelViTForAudioClassification, starts_from=(MelViTConfig.model_type, ViTConfig.model_type)
+    ),
+    "cnn14": Family(
+        CNN14Config,
+        CNN14ForAudioClassification,
+        starts_from=(CNN14Config.model_type,),
+        input_fields=("num_mel_bins",),
+        check=_check_halvings,
+    ),
+    "waveform": Family(  # saved by this project, with any of the others inside
+        WaveformConfig,
+        WaveformForAudioClassification,
+        starts_from=(WaveformConfig.model_type,),
+        input_fields=("max_length",),
+        fixed=frozenset(_field_names(WaveformConfig)),
+        shape_free=("max_length",),
+        check=_check_backbone,
+    ),
+}
+
+
+def load_extractor(model: ModelArguments, features: FeatureArguments) -> BatchedASTFeatureExtractor | Waveforms:
+    """The feature extractor of the pretrained model, or ASTFeatureExtractor's defaults, as the recipe changes it.
+
+    With `waveform` its settings become those of the model's front end, and the features are the waveforms.
+
+    Raises:
+        RecipeError: The pretrained model has none, or a setting makes no sense.
+    """
+    settings = {name: value for name, value in vars(features).items() if value is not None}
+    for name in settings.keys() - {"mean"}:
+        if settings[name] <= 0:
+            raise RecipeError(f"{name}: found {settings[name]}, wanted a number above 0")
+    pretrained = None if model.model is None else _pretrained_config(model)
+    if isinstance(pretrained, WaveformConfig):
+        return _waveforms_of(model, pretrained, settings)
+    if pretrained is None or pretrained.model_type == ViTConfig.model_type:  # beside which is what prepares pictures
+        log_mel = BatchedASTFeatureExtractor(**settings)
+    else:
+        try:
+            log_mel = BatchedASTFeatureExtractor.from_pretrained(model.model, revision=model.model_revision, **settings)
+        except (OSError, ValueError) as error:
+            raise _not_found(model, error) from error
+    if not model.waveform:
+        return log_mel
+    rate = log_mel.sampling_rate
+    return Waveforms(
+        rate, log_mel.max_length, window_samples(rate), rate // 100, log_mel.num_mel_bins,
+        mean=log_mel.mean if log_mel.do_normalize else 0.0, std=log_mel.std if log_mel.do_normalize else 0.5,
+    )  # fmt: skip
+
+
+def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> None:
+    """Find out, before any data is read, whether the model can do what the recipe asks of it.
+
+    Raises:
+        RecipeError: As `load_model`, but for the weights; an augmentation needs another kind of input; or the model
+            has no gradient checkpointing.
+    """
+    recipe.augmentation.settings(recipe.model.waveform)
+    if recipe.model.trainable_filters and not recipe.model.waveform:
+        raise RecipeError("trainable_filters: found true, but with waveform: false the filters are not in the model")
+    if recipe.model.trainable_filters and recipe.model.unfreeze_last_layers is not None:
+        raise RecipeError(
+            f"unfreeze_last_layers: found {recipe.model.unfreeze_last_layers}, which freezes the mel filters that "
+            f"trainable_filters: true wants trained"
+        )
+    family, _, config = _resolve(["", " "], recipe.model, extractor)
+    with torch.device("meta"):  # a model without weights
+        model = _set_up(family.model(config), recipe.model, extractor)
+    network = getattr(model, "backbone", model)
+    if recipe.training.activation_checkpointing and not network.supports_gradient_checkpointing:
+        raise RecipeError(f"activation_checkpointing: found true, which {type(network).__name__} does not support")
+
+
+def load_model(
+    labels: Sequence[str], arguments: ModelArguments, extractor: BatchedASTFeatureExtractor | Waveforms
+) -> PreTrainedModel:
+    """A model for these classes and features, with pretrained weights or random ones.
+
+    The head is kept where the pretrained classes are the same by name and order, and is new otherwise. Another input
+    length, stride or number of mel bands resamples an AST's position embeddings.
+
+    Args:
+        labels: Class names in the order of the logits.
+        arguments: Which family and weights, which fields of the configuration to set, and how many layers to train.
+        extractor: Whose features it gets.
+
+    Returns:
+        The model, float32, on the CPU.
+
+    Raises:
+        RecipeError: The pretrained model is of another family or lacks weights, or a field of `model_config` does not
+            exist or does not fit.
+    """
+    family, pretrained, config = _resolve(labels, arguments, extractor)
+    if pretrained is None:
+        model = family.model(config)
+        family.begin(model)
+    else:
+        model = _with_weights(arguments, family, pretrained, config)
+    return _set_up(model, arguments, extractor)
+
+
+def learning_rates(
+    model: nn.Module, learning_rate: float, head_learning_rate: float | None = None, layer_decay: float = 1.0
+) -> dict[str, float] | None:
+    """The learning rate of each parameter by name; none where all have the same.
+
+    Layer-wise decay (as in BEiT, Bao et al. 2021, arXiv:2106.08254): what follows the last layer learns at
+    `learning_rate`, each layer below at `layer_decay` times the one above, the head at `head_learning_rate`.
+    """
+    if head_learning_rate is None and layer_decay == 1.0:
+        return None
+    depth = model.config.num_hidden_layers
+    rates = {
+        name: learning_rate * layer_decay ** (depth + 1 - layer_of(name, depth)) for name, _ in model.named_parameters()
+    }
+    head = learning_rate if head_learning_rate is None else head_learning_rate
+    return {name: head if HEAD.search(name) else rate for name, rate in rates.items()}
+
+
+def freeze_all_but_last(model: PreTrainedModel, layers: int) -> None:
+    """Train only the last `layers` layers, what follows them and the head.
+
+    Raises:
+        RecipeError: The model has fewer layers.
+    """
+    depth = model.config.num_hidden_layers
+    if not 0 <= layers <= depth:
+        raise RecipeError(f"unfreeze_last_layers: found {layers}, wanted 0 to {depth}, the layers of the model")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(layer_of(name, depth) > depth - layers)
+
+
+def layer_of(parameter: str, depth: int) -> int:
+    """Height of a parameter: 0 below the layers, 1 to depth for them, depth + 1 for what follows and the head."""
+    if BELOW_THE_LAYERS.search(parameter):
+        return 0
+    layer = LAYER.search(parameter)
+    return int(layer[2]) + 1 if layer else depth + 1
+
+
+def _resolve(
+    labels: Sequence[str], arguments: ModelArguments, extractor: BatchedASTFeatureExtractor | Waveforms
+) -> tuple[Family, PreTrainedConfig | None, PreTrainedConfig]:
+    """The family, the configuration of the pretrained model if there is one, and that of the model wanted."""
+    pretrained = None if arguments.model is None else _pretrained_config(arguments)
+    family = _family(arguments, pretrained)
+    settings = dict(arguments.model_config or {})
+    settable = _field_names(family.config) - _field_names(PreTrainedConfig) - {*family.input_fields, *family.fixed}
+    if strangers := sorted(set(settings) - settable):
+        own = f" ({' and '.join(family.input_fields)} are fields of the recipe)" if family.input_fields else ""
+        raise RecipeError(
+            f"model_config: found {', '.join(strangers)}, wanted fields of {family.config.__name__}: "
+            f"{', '.join(sorted(settable)) or 'none'}{own}"
+        )
+    settings |= {field: getattr(extractor, field) for field in family.input_fields}
+    settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if pretrained is not None:
+        kept = _field_names(family.config) - {"architectures", "dtype", "problem_type"}
+        settings = {name: value for name, value in pretrained.to_dict().items() if name in kept} | settings
+    if family.config is WaveformConfig:
+        settings["trainable_filters"] = arguments.trainable_filters
+    try:
+        config = family.config(**settings)
+    except StrictDataclassError as error:
+        raise RecipeError(f"model_config: {' '.join(str(error).split())}") from error
+    family.check(config, extractor.max_length)
+    return family, pretrained, config
+
+
+def _family(arguments: ModelArguments, pretrained: PreTrainedConfig | None) -> Family:
+    if pretrained is None:
+        return FAMILIES[arguments.architecture or "ast"]
+    for name, family in FAMILIES.items():
+        if pretrained.model_type in family.starts_from and arguments.architecture in (None, name):
+            return family
+    wanted = [FAMILIES[arguments.architecture]] if arguments.architecture else FAMILIES.values()
+    types = ", ".join(repr(kind) for family in wanted for kind in family.starts_from)
+    raise RecipeError(f"model: {arguments.model} is of type {pretrained.model_type!r}, wanted {types}")
+
+
+def _pretrained_config(arguments: ModelArguments) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
+    except (OSError, ValueError) as error:
+        raise _not_found(arguments, error) from error
+
+
+def _with_weights(
+    arguments: ModelArguments, family: Family, pretrained: PreTrainedConfig, config: PreTrainedConfig
+) -> PreTrainedModel:
+    """The pretrained model, fitted to another configuration."""
+    name, wanted = arguments.model, {field: getattr(config, field) for field in family.shape_free}
+    for field in family.shape_free:
+        setattr(config, field, getattr(pretrained, field))
+    try:
+        model, loading = family.model.from_pretrained(
+            name, config=config, revision=arguments.model_revision, dtype=torch.float32,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise RecipeError(f"model: the weights of {name!r} could not be loaded: {error}") from error
+    fresh = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    if lost := sorted(key for key in fresh | set(loading["unexpected_keys"]) if not HEAD.search(key)):
+        raise RecipeError(
+            f"model: {name} and the recipe's model_config differ in {', '.join(lost[:5])} ({len(lost)} tensors)"
+        )
+    if pretrained.id2label != config.id2label:
+        logger.info(
+            "New head for %d classes; %s was trained on %d others.", config.num_labels, name, pretrained.num_labels
+        )
+        # A new layer, because transformers never initialises a tensor again that it has loaded.
+        head = next(key for key, module in model.named_modules() if HEAD.search(key) and type(module) is nn.Linear)
+        model.set_submodule(head, nn.Linear(config.hidden_size, config.num_labels))
+        model._init_weights(model.get_submodule(head))
+    for field, value in wanted.items():
+        setattr(model.config, field, value)
+    family.adapt(model, pretrained)
+    return model
+
+
+def _waveforms_of(model: ModelArguments, pretrained: WaveformConfig, settings: dict[str, Any]) -> Waveforms:
+    """What a saved model with a front end gets; of the recipe's settings only `max_length` may differ from its own."""
+    if not model.waveform:
+        raise RecipeError(f"waveform: found false, but the model {model.model} takes waveforms: wanted true")
+    for name, value in settings.items():
+        if name != "max_length" and value != getattr(pretrained, name):
+            raise RecipeError(
+                f"{name}: found {value}, wanted {getattr(pretrained, name)}, which the front end of {model.model} has"
+            )
+    max_length = settings.get("max_length", pretrained.max_length)
+    if max_length is None:
+        raise RecipeError(f"max_length: found none, wanted a number of frames; {model.model} takes any")
+    return Waveforms(
+        max_length=max_length,
+        window_length=pretrained.window_length if pretrained.convention == "kaldi" else 0,
+        **{name: getattr(pretrained, name) for name in ("sampling_rate", "hop_length", "num_mel_bins", "mean", "std")},
+    )
+
+
+def _behind_front_end(model: PreTrainedModel, arguments: ModelArguments, waveforms: Waveforms) -> PreTrainedModel:
+    """A model of spectrograms as one of waveforms."""
+    config = WaveformConfig(
+        backbone=model.config.to_dict(), high_frequency=waveforms.sampling_rate / 2, **vars(waveforms),
+        trainable_filters=arguments.trainable_filters, id2label=model.config.id2label, label2id=model.config.label2id,
+    )  # fmt: skip
+    with torch.device("meta"):  # where the network is drawn in vain
+        whole = WaveformForAudioClassification(config)
+    whole.backbone = model
+    config.backbone = model.config
+    return whole
+
+
+def _set_up(
+    model: PreTrainedModel, arguments: ModelArguments, extractor: BatchedASTFeatureExtractor | Waveforms
+) -> PreTrainedModel:
+    """Attention, front end and frozen layers, as the recipe says."""
+    if arguments.attn_implementation is not None:
+        network = getattr(model, "backbone", model)
+        if not network._supports_sdpa:
+            raise RecipeError(
+                f"attn_implementation: found {arguments.attn_implementation}, but {type(network).__name__} has no "
+                "attention: leave it out"
+            )
+        try:
+            network.set_attn_implementation(arguments.attn_implementation)
+        except (ImportError, ValueError) as error:
+            raise RecipeError(f"attn_implementation: {error}") from error
+    if arguments.waveform and not isinstance(model, WaveformForAudioClassification):
+        model = _behind_front_end(model, arguments, extractor)
+    if arguments.unfreeze_last_layers is not None:
+        freeze_all_but_last(model, arguments.unfreeze_last_layers)
+    return model
+
+
+def _not_found(arguments: ModelArguments, error: Exception) -> RecipeError:
+    name = arguments.model
+    return RecipeError(
+        f"model: {name!r} (revision {arguments.model_revision or 'main'}) is no model folder, and neither the Hub nor "
+        f"the cache gave it. Without network, fetch it elsewhere with `python -m audio_dendrites.data download RECIPE` "
+        f"and set HF_HOME to the same cache, or give a folder: --model FOLDER. ({str(error).splitlines()[0]})"
+    )

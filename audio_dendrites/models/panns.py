@@ -1,0 +1,122 @@
+"""The published CNN14 checkpoints of PANNs (Kong et al. 2020, arXiv:1912.10211) as models of this project.
+
+    python -m audio_dendrites.models.panns Cnn14_mAP=0.431.pth FOLDER [--labels class_labels_indices.csv]
+
+The folder takes raw audio in `pipeline("audio-classification", model=FOLDER, trust_remote_code=True)`, which gives the
+published clip-wise probabilities, and is what a recipe's `model` starts from, with `waveform: true`.
+"""
+
+import argparse
+import csv
+import pickle
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from audio_dendrites.features import Waveforms
+from audio_dendrites.models.cnn14 import CNN14Config
+from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
+
+SETTINGS = {1024: (32000, 14000), 512: (16000, 8000), 256: (8000, 4000)}  # window: sampling rate, highest frequency
+BLOCKS = 6
+STFT = ("spectrogram_extractor.stft.conv_real.weight", "spectrogram_extractor.stft.conv_imag.weight")  # fixed
+
+
+class ConversionError(ValueError):
+    """The file is no CNN14 checkpoint; the message says what was found and what is wanted."""
+
+
+def convert(checkpoint: Path, labels: Sequence[str] | None = None) -> WaveformForAudioClassification:
+    """A checkpoint as its authors published it → the same network here, front end included.
+
+    Args:
+        checkpoint: `Cnn14_mAP=0.431.pth`, `Cnn14_16k_mAP=0.438.pth` or `Cnn14_8k_mAP=0.416.pth`.
+        labels: Class names in the order of the outputs.
+
+    Returns:
+        A model in evaluation mode whose sigmoid is the published clip-wise output. Clips have any length.
+
+    Raises:
+        ConversionError: The file cannot be read, or its tensors are not those of a CNN14 and of these classes.
+    """
+    try:
+        published = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
+    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        found = str(error).strip().splitlines()[0]
+        raise ConversionError(
+            f"{checkpoint}: found {found}, wanted a PANNs checkpoint, {{'model': tensors}}"
+        ) from error
+    tensors = {_our_name(name): tensor for name, tensor in published.items() if name not in STFT}
+    wanted = (
+        "front_end.filters",
+        "backbone.bn0.weight",
+        "backbone.layers.0.conv1.weight",
+        "backbone.classifier.weight",
+    )
+    if missing := [name for name in (*STFT, *wanted) if name not in published and name not in tensors]:
+        raise ConversionError(f"{checkpoint}: lacks {', '.join(missing)}: wanted the tensors of Cnn14")
+    window = published[STFT[0]].shape[-1]
+    if window not in SETTINGS:
+        raise ConversionError(
+            f"{checkpoint}: found windows of {window} samples, wanted {', '.join(map(str, SETTINGS))}"
+        )
+    rate, highest = SETTINGS[window]
+    bands, classes = len(tensors["backbone.bn0.weight"]), len(tensors["backbone.classifier.weight"])
+    if labels is not None and len(labels) != classes:
+        raise ConversionError(f"labels: found {len(labels)}, wanted {classes}, the outputs of {checkpoint}")
+    names = {} if labels is None else {
+        "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
+    }  # fmt: skip
+    config = WaveformConfig(
+        backbone=CNN14Config(
+            num_mel_bins=bands, num_hidden_layers=BLOCKS, first_channels=len(tensors["backbone.layers.0.conv1.weight"])
+        ),
+        convention="librosa", sampling_rate=rate, window_length=window, hop_length=rate // 100, num_mel_bins=bands,
+        low_frequency=50, high_frequency=highest, mean=0.0, std=0.5, max_length=None,  # as it is
+        problem_type="multi_label_classification", num_labels=classes, **names,
+    )  # fmt: skip
+    model = WaveformForAudioClassification(config)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ConversionError(f"{checkpoint}: {' '.join(str(error).split())}") from error
+    return model.eval()
+
+
+def _our_name(name: str) -> str:
+    """Where a published tensor is here."""
+    if name == "logmel_extractor.melW":
+        return "front_end.filters"
+    for block in range(BLOCKS):
+        name = name.replace(f"conv_block{block + 1}.", f"layers.{block}.")
+    return "backbone." + name.replace("fc_audioset.", "classifier.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Convert a file and write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--labels", type=Path, help="AudioSet's class_labels_indices.csv, columns index and display_name"
+    )
+    options = parser.parse_args(arguments)
+    labels = None
+    if options.labels is not None:
+        with options.labels.open(encoding="utf-8", newline="") as file:
+            labels = [row["display_name"] for row in sorted(csv.DictReader(file), key=lambda row: int(row["index"]))]
+    try:
+        model = convert(options.checkpoint, labels)
+    except ConversionError as error:
+        sys.exit(f"error: {error}")
+    config = model.config
+    waveforms = Waveforms(config.sampling_rate, 0, 0, config.hop_length, config.num_mel_bins, config.mean, config.std)
+    model.save_pretrained(options.folder)
+    waveforms.stock().save_pretrained(options.folder)
+    print(f"{options.folder}: CNN14, {config.sampling_rate} Hz, {config.num_labels} classes")
+
+
+if __name__ == "__main__":
+    main()

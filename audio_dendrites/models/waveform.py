@@ -1,0 +1,208 @@
+"""Waveform in: the log-mel spectrogram is computed by the model, on its device; needs torch and transformers only.
+
+This file is copied, with those of the networks behind it, into every saved model folder, where `trust_remote_code=True`
+runs it: it imports nothing else of the project it comes from.
+"""
+
+import warnings
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import ASTConfig, ASTForAudioClassification, PreTrainedConfig, PreTrainedModel
+from transformers.audio_utils import mel_filter_bank
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from .cnn14 import CNN14Config, CNN14ForAudioClassification
+from .dendritic import DendriticMixin
+from .vit import MelViTConfig, MelViTForAudioClassification
+
+BACKBONES = {
+    ASTConfig.model_type: (ASTConfig, ASTForAudioClassification),
+    MelViTConfig.model_type: (MelViTConfig, MelViTForAudioClassification),
+    CNN14Config.model_type: (CNN14Config, CNN14ForAudioClassification),
+}
+PREEMPHASIS = 0.97
+FLOOR = {"kaldi": torch.finfo(torch.float32).eps, "librosa": 1e-10}  # of the energies
+
+
+class WaveformConfig(PreTrainedConfig):
+    """A network on spectrograms, and the spectrogram it gets.
+
+    Args:
+        backbone: The network's configuration, of a type in `BACKBONES`.
+        convention: How the log-mel is computed. kaldi: as `ASTFeatureExtractor`, symmetric Hann windows within the
+            clip, mean removed, pre-emphasis, natural logarithm. librosa: as PANNs, periodic Hann windows centred on
+            every hop, the clip reflected at its ends, Slaney's mel scale and norm, decibels.
+        sampling_rate: Of the waveforms, in Hz.
+        window_length, hop_length: In samples.
+        num_mel_bins, low_frequency, high_frequency: The mel filters and their range in Hz.
+        mean, std: The log-mel is normalised by `(x - mean) / (2 * std)`.
+        max_length: Frames the network gets: shorter clips are padded and longer ones cut; none takes a clip as it is.
+        trainable_filters: Whether the mel filters learn.
+        dendrites, one_product: As in `DendriticASTConfig`.
+    """
+
+    model_type = "waveform-classifier"
+
+    backbone: dict | PreTrainedConfig | None = None
+    convention: Literal["kaldi", "librosa"] = "kaldi"
+    sampling_rate: int = 16000
+    window_length: int = 400
+    hop_length: int = 160
+    num_mel_bins: int = 128
+    low_frequency: float | int = 20.0
+    high_frequency: float | int = 8000.0
+    mean: float | int = -4.2677393
+    std: float | int = 4.5689974
+    max_length: int | None = 1024
+    trainable_filters: bool = False
+    dendrites: dict | None = None
+    one_product: bool = False
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.backbone, dict):
+            settings = {name: value for name, value in self.backbone.items() if name != "model_type"}
+            self.backbone = BACKBONES[self.backbone["model_type"]][0](**settings)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the network behind the front end."""
+        return self.backbone.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the network before its head."""
+        return self.backbone.hidden_size
+
+
+class LogMel(nn.Module):
+    """Log-mel spectrograms, always in float32. `filters`, (frequencies, mel bands), is a parameter or a buffer."""
+
+    def __init__(self, config: WaveformConfig):
+        super().__init__()
+        self.config = config
+        kaldi = config.convention == "kaldi"
+        self.fft_length = 1 << (config.window_length - 1).bit_length() if kaldi else config.window_length
+        with warnings.catch_warnings():
+            # The lowest of AST's 128 filters lie between two frequencies and are all zero, as its extractor's are.
+            warnings.filterwarnings("ignore", "At least one mel filter has all zero values")
+            filters = mel_filter_bank(
+                1 + self.fft_length // 2, config.num_mel_bins, config.low_frequency, config.high_frequency,
+                config.sampling_rate, norm=None if kaldi else "slaney", mel_scale="kaldi" if kaldi else "slaney",
+                triangularize_in_mel_space=kaldi,
+            )  # fmt: skip
+        filters = torch.from_numpy(filters).float()
+        if config.trainable_filters:
+            self.filters = nn.Parameter(filters)
+        else:
+            self.register_buffer("filters", filters)
+
+    def samples(self, frames: int) -> int:
+        """Samples of so many frames."""
+        return (frames - 1) * self.config.hop_length + (self.config.convention == "kaldi") * self.config.window_length
+
+    def forward(self, waveforms: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """Normalised log-mel.
+
+        Args:
+            waveforms: (batch, samples), full scale at ±1.
+            inside: (batch, samples), False where a clip is padded.
+
+        Returns:
+            (batch, frames, num_mel_bins), float32. Kaldi's frames that reach into padding hold what
+            `ASTFeatureExtractor` pads with; librosa's are those of silence.
+        """
+        kaldi = self.config.convention == "kaldi"
+        with torch.autocast(waveforms.device.type, enabled=False):
+            power = (self._kaldi if kaldi else self._librosa)(waveforms.float())
+            energies = (power @ self.filters.float().clamp(min=0)).clamp(min=FLOOR[self.config.convention])
+            log_mel = energies.log() if kaldi else 10 * energies.log10()
+            if kaldi:
+                ends = inside.unfold(1, self.config.window_length, self.config.hop_length)[..., [0, -1]]
+                log_mel = log_mel.masked_fill(~ends.all(2)[..., None], 0.0)  # padded first and then normalised
+            return (log_mel - self.config.mean) / (2 * self.config.std)
+
+    def _kaldi(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """Power spectra (batch, frames, frequencies)."""
+        window = torch.hann_window(self.config.window_length, periodic=False, device=waveforms.device)
+        frames = waveforms.unfold(1, self.config.window_length, self.config.hop_length)
+        frames = frames - frames.mean(2, keepdim=True)
+        before = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)
+        return _power(torch.fft.rfft((frames - PREEMPHASIS * before) * window, self.fft_length))
+
+    def _librosa(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """Power spectra (batch, frames, frequencies)."""
+        window = torch.hann_window(self.config.window_length, device=waveforms.device)
+        spectra = torch.stft(
+            waveforms, self.fft_length, self.config.hop_length, window=window, pad_mode="reflect", return_complex=True
+        )
+        return _power(spectra).transpose(1, 2)
+
+
+class WaveformForAudioClassification(DendriticMixin, PreTrainedModel):
+    """A front end and a network behind it."""
+
+    config_class = WaveformConfig
+    main_input_name = "input_values"
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["front_end"]
+
+    def __init__(self, config: WaveformConfig):
+        super().__init__(config)
+        self.front_end = LogMel(config)
+        config.backbone.num_labels = config.num_labels
+        self.backbone = BACKBONES[config.backbone.model_type][1](config.backbone)
+        self.add_dendrites()
+        self.post_init()
+
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        masked_frames: torch.Tensor | None = None,
+        masked_bands: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Logits of waveforms.
+
+        Args:
+            input_values: (batch, samples) at `sampling_rate`, full scale at ±1.
+            attention_mask: (batch, samples), 0 where a clip is padded; left out, none is.
+            masked_frames: (batch, frames), True where the spectrogram is set to its mean 0, for SpecAugment.
+            masked_bands: (batch, num_mel_bins), the same.
+            labels: Class numbers (batch,); with them there is a loss.
+
+        Returns:
+            `logits` (batch, num_labels) and `loss`.
+        """
+        inside = torch.ones_like(input_values) if attention_mask is None else attention_mask
+        log_mel = self.front_end(self._fit(input_values), self._fit(inside.bool()))
+        if masked_frames is not None:
+            log_mel = log_mel.masked_fill(masked_frames[:, :, None] | masked_bands[:, None, :], 0.0)
+        return self.backbone(log_mel.to(self.backbone.dtype), labels=labels, **kwargs)
+
+    def _fit(self, values: torch.Tensor) -> torch.Tensor:
+        """(batch, samples), cut or padded at the end to the frames that the network takes."""
+        samples, frames = values.shape[1], self.config.max_length
+        shortest = self.front_end.samples(getattr(self.config.backbone, "smallest_input", 2))
+        wanted = max(samples, shortest) if frames is None else self.front_end.samples(frames)
+        return nn.functional.pad(values, (0, wanted - samples))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
+            self.backbone._init_weights(module)
+
+
+def _power(spectra: torch.Tensor) -> torch.Tensor:
+    """|z|², whose gradient at 0 is 0."""
+    return spectra.real.square() + spectra.imag.square()
+
+
+# So that `save_pretrained` copies this file into the folder and names it in config.json's auto_map, every time.
+WaveformConfig.register_for_auto_class()
+WaveformForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")

@@ -1,0 +1,87 @@
+"""Every shipped recipe runs: two steps from the YAML as it is, on generated clips in its data set's own columns."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, TINY_AST, TINY_CNN14, TINY_VIT, tone, wav
+from datasets import Dataset
+from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, ViTConfig, ViTModel
+
+import train
+from audio_dendrites.config import parse_recipe
+from audio_dendrites.features import Waveforms
+from audio_dendrites.models.cnn14 import CNN14Config
+from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
+
+TINY = {None: TINY_AST, "ast": TINY_AST, "vit": TINY_VIT, "cnn14": TINY_CNN14}
+FRAMES = 48
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A Parquet file for each Hub data set, two clips a fold, with its columns."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = {"danavery/urbansound8K": [], "ashraq/esc50": []}
+    for row in range(20):
+        fold, kind = 1 + row // 2, row % 2
+        audio = {"bytes": wav(tone(3000 if kind else 300, 0.5, 22050, row), 22050), "path": f"{row}.wav"}
+        rows["danavery/urbansound8K"].append(
+            {"audio": audio, "slice_file_name": f"{row}-{kind}-0-0.wav", "fsID": row, "start": 0.0, "end": 0.5,
+             "salience": 1, "fold": fold, "classID": kind, "class": ["air_conditioner", "siren"][kind]}
+        )  # fmt: skip
+        rows["ashraq/esc50"].append(
+            {"filename": f"{1 + row // 4}-{row}-A-{kind}.wav", "fold": 1 + row // 4, "target": kind,
+             "category": ["dog", "rain"][kind], "esc10": True, "src_file": row, "take": "A", "audio": audio}
+        )  # fmt: skip
+    files = {name: folder / f"{name.split('/')[1]}.parquet" for name in rows}
+    for name, path in files.items():
+        Dataset.from_list(rows[name]).to_parquet(path)
+    return files | {"synthetic": files["danavery/urbansound8K"]}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A small model of the kind of each one that the recipes start from."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(0)
+    ASTForAudioClassification(ASTConfig(**TINY_AST, max_length=160)).save_pretrained(folder / "ast")
+    ASTFeatureExtractor(max_length=160).save_pretrained(folder / "ast")
+    ViTModel(ViTConfig(**TINY_VIT)).save_pretrained(folder / "vit")
+    panns = {
+        "convention": "librosa", "sampling_rate": 32000, "window_length": 1024, "hop_length": 320, "num_mel_bins": 64,
+        "low_frequency": 50, "high_frequency": 14000, "mean": 0.0, "std": 0.5, "max_length": None,
+    }  # fmt: skip
+    config = WaveformConfig(backbone=CNN14Config(**TINY_CNN14), **panns)
+    WaveformForAudioClassification(config).save_pretrained(folder / "panns")
+    Waveforms(32000, 0, 0, 320, 64, 0.0, 0.5).stock().save_pretrained(folder / "panns")
+    return {
+        "MIT/ast-finetuned-audioset-10-10-0.4593": folder / "ast",
+        "google/vit-base-patch16-224-in21k": folder / "vit",
+        "pretrained/cnn14_panns": folder / "panns",
+    }
+
+
+RECIPES = [ROOT / "configs/quickstart.yaml", *sorted((ROOT / "configs").glob("[!a]*/**/*.yaml"))]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_shipped_recipe_runs(path, data, pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where perforatedai writes
+    recipe = parse_recipe([str(path)])
+    if recipe.dendrites.pai:
+        pytest.importorskip("perforatedai")
+    options = {
+        "dataset": data[recipe.data.dataset], "output_dir": tmp_path / "run", "max_length": FRAMES, "max_steps": 2,
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "precision": "fp32", "report_to": "none",
+        "preprocessing_num_workers": 1, "dataloader_num_workers": 0,
+    }  # fmt: skip
+    if recipe.model.model:
+        options["model"] = pretrained[recipe.model.model]
+    else:
+        options["model_config"] = json.dumps(TINY[recipe.model.architecture])
+    train.train(
+        parse_recipe([str(path), *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
+    )
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == 2 and metrics["test"]["clips"] == (4 if "esc50" in recipe.data.dataset else 2)
