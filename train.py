@@ -14,7 +14,7 @@ from joblib import cpu_count
 from transformers import EarlyStoppingCallback, set_seed
 
 import compare
-from audio_dendrites import report
+from audio_dendrites import hub, report
 from audio_dendrites.config import Recipe, RecipeError, parse_recipe, write_yaml
 from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
 from audio_dendrites.export import export_dendritic
@@ -96,6 +96,8 @@ def train(recipe: Recipe) -> None:
         ),
         average_checkpoints=args.average_checkpoints,
         ema_decay=args.ema_decay,
+        recipe=recipe,
+        card_template=CARD,
     )
     if trainer.is_world_process_zero():
         write_yaml(recipe, folder / "config.yaml")
@@ -110,20 +112,28 @@ def train(recipe: Recipe) -> None:
         with writing_to(folder):
             export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)
             report.check_pipeline(folder, clips.select(splits["test"]), recipe.data.audio_column, predictions["test"])
-            report.write_run(folder, recipe, trainer, labels, predictions, skipped, CARD)
+            report.write_run(folder, recipe, trainer, labels, predictions, skipped)
+            hub.write_card(folder, CARD)
         report.print_summary(folder)
 
 
 def main(recipe: Recipe) -> None:
-    """The recipe's run, after that of its baseline if it asks for one, and then their comparison."""
+    """The recipe's run, after that of its baseline if it asks for one, and then their comparison; each is published."""
     if not recipe.dendrites.baseline:
-        return train(recipe)
+        train(recipe)
+        return hub.publish_finished(recipe.training, CARD)
     PAICallback(recipe.dendrites.pai)  # what is wrong with it shows before the baseline is trained
     baseline = recipe.baseline()
     train(baseline)
+    hub.publish_finished(baseline.training, CARD)
     train(recipe)
+    folders = [baseline.training.output_dir, recipe.training.output_dir]
     if recipe.training.process_index == 0:
-        compare.main([baseline.training.output_dir, recipe.training.output_dir])
+        compare.main(folders)
+        for folder in folders:
+            hub.write_card(Path(folder), CARD)
+    for one, other in ((baseline, recipe), (recipe, baseline)):
+        hub.publish_finished(one.training, CARD, other.training.hub_model_id)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 
 class RecipeError(ValueError):
@@ -253,6 +254,10 @@ class RunArguments(TrainingArguments):
         # TrainingArguments refuses bf16 without a GPU unless it is told that the CPU is meant.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        if self.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
+            raise RecipeError("hub_strategy: found all_checkpoints, wanted end, every_save or checkpoint")
+        if self.push_to_hub and self.hub_model_id is None:
+            self.hub_model_id = default_hub_model_id(self.output_dir)
         self._check_averages()
 
     def _check_averages(self) -> None:
@@ -299,6 +304,7 @@ class Recipe:
         training = copy.copy(self.training)
         training.output_dir = f"{training.output_dir}_baseline"
         training.resume_from_checkpoint = None  # the one named has dendrites
+        training.hub_model_id = training.hub_model_id and f"{training.hub_model_id}-baseline"
         return dataclasses.replace(self, dendrites=DendriteArguments(), training=training)
 
     def to_dict(self) -> dict[str, Any]:
@@ -435,6 +441,13 @@ def default_output_dir(path: Path | None) -> str:
     parts = path.with_suffix("").parts
     below = parts[len(parts) - 1 - parts[::-1].index("configs") + 1 :] if "configs" in parts else parts[-1:]
     return str(Path("runs", *below))
+
+
+def default_hub_model_id(output_dir: str) -> str:
+    """urbansound8k-ast for runs/urbansound8k/ast: a run folder has a repository of its own, with the token's owner."""
+    parts = Path(output_dir).parts
+    name = "-".join(parts[parts.index("runs") + 1 :] if "runs" in parts[:-1] else parts[-1:])
+    return re.sub(r"[^\w.]+", "-", re.sub(r"\.{2,}", ".", name)).strip("-.")
 
 
 def write_yaml(recipe: Recipe, path: Path) -> None:

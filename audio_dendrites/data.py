@@ -151,6 +151,11 @@ def drop_bad_clips(
     return good, bad
 
 
+def is_local(name: str | None) -> bool:
+    """Whether a data set or a model is a file or folder of this machine, which then comes before one of the Hub."""
+    return name not in (None, "synthetic") and Path(name).expanduser().exists()
+
+
 def download(recipe: Recipe) -> None:
     """Fetch the data set and the base model of a recipe, so that it trains with HF_HUB_OFFLINE=1.
 

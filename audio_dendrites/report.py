@@ -1,10 +1,11 @@
-"""What a run leaves beside its model: metrics.json, predictions.parquet, plots, tables, the card.
+"""What a run leaves beside its model: metrics.json, predictions.parquet, plots, tables.
 
 Everything here is made from arrays and the Trainer's log; a run folder is enough to make it again.
 """
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ import numpy as np
 import pandas
 import torch
 from datasets import Dataset
-from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from pandas import DataFrame
 from scipy.special import softmax
@@ -27,10 +27,13 @@ from transformers.trainer_utils import PredictionOutput
 
 from audio_dendrites.audio import load_waveform
 from audio_dendrites.config import Recipe, written_whole
+from audio_dendrites.data import is_local
 from audio_dendrites.metrics import EVALUATION, PerClassAccuracy
 
 matplotlib.use("agg")
 
+SCORES = ("accuracy", "macro_f1", "mAP")
+TOKEN_OPTION = r"--\w+[_-]token"
 PACKAGES = ("torch", "torchaudio", "transformers", "datasets", "accelerate", "evaluate")
 
 
@@ -84,11 +87,10 @@ def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
 
 def summary(metrics: dict[str, Any]) -> str:
     """The scores of a run and those of each class, as two Markdown tables."""
-    names = ("accuracy", "macro_f1", "mAP")
-    rows = [["split", "folds", "clips", *names]]
+    rows = [["split", "folds", "clips", *SCORES]]
     for split in ("validation", "test"):
         scores = metrics[split]
-        rows.append([split, " ".join(scores["folds"]), scores["clips"], *(scores[name] for name in names)])
+        rows.append([split, " ".join(scores["folds"]), scores["clips"], *(scores[name] for name in SCORES)])
     classes = [["class", "clips", "accuracy", "f1"]]
     classes += [
         [label, scores["clips"], scores["accuracy"], scores["f1"]]
@@ -152,9 +154,8 @@ def write_run(
     labels: Sequence[str],
     predictions: dict[str, DataFrame],
     skipped: Sequence[str],
-    card_template: Path,
 ) -> None:
-    """Write plots, predictions.parquet, README.md and, last, metrics.json: a folder that has it is complete.
+    """Write plots, predictions.parquet and, last, metrics.json: a folder that has it is complete.
 
     Args:
         folder: The run folder.
@@ -163,16 +164,15 @@ def write_run(
         labels: Class names in the order of the logits.
         predictions: `predictions_table` of the splits validation and test.
         skipped: What was wrong with the clips that were left out.
-        card_template: Jinja template of the model card.
     """
     metrics = run_metrics(recipe, trainer, labels, predictions, skipped)
-    title = f"{recipe.data.dataset}, test fold {' '.join(recipe.data.test_folds)}"
+    # The picture may be published: of a local data set it shows the name, not where it lies.
+    dataset = Path(recipe.data.dataset).name if "dataset" in metrics["local"] else recipe.data.dataset
+    title = f"{dataset}, test fold {' '.join(recipe.data.test_folds)}"
     plot_confusion(predictions["test"], labels, title, folder / "confusion_matrix.png")
     plot_learning_curves(trainer.state.log_history, trainer.args.metric_for_best_model, folder / "learning_curves.png")
     with written_whole(folder / "predictions.parquet") as path:
         predictions["test"].to_parquet(path, index=False)
-    with written_whole(folder / "README.md") as path:
-        path.write_text(model_card(metrics, folder.name, card_template), encoding="utf-8")
     with written_whole(folder / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
@@ -224,46 +224,55 @@ def run_metrics(
     """What metrics.json holds: scores of both splits, size and length of the training, and where it ran."""
     folds = {"validation": recipe.data.validation_folds, "test": recipe.data.test_folds}
     state = trainer.state
-    parameters = list(trainer.model.parameters())
     timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
-    grower = getattr(trainer, "pai_callback", None)  # counts what the model computes with, without scaffolding
     return {
-        "dataset": recipe.data.dataset,
-        "base_model": recipe.model.model,
-        "labels": list(labels),
-        "sampling_rate": trainer.processing_class.sampling_rate,
+        **run_facts(recipe, trainer, labels),
         **{split: score(table, labels) | {"folds": folds[split]} for split, table in predictions.items()},
-        "chosen_by": recipe.training.metric_for_best_model,
         "best_step": state.best_global_step,
         "averaged_steps": getattr(trainer, "averaged_steps", []),  # else the best step's weights are the final ones
         "steps": state.global_step,
         "epochs": state.epoch,
+        # Of the last stretch, if the run was interrupted.
+        **{key: timing[key] for key in ("train_runtime", "train_steps_per_second", "train_samples_per_second")},
+        "skipped": list(skipped),
+    }
+
+
+def running_metrics(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
+    """What can be said of a training that is not over: its last evaluation, and how far it is."""
+    state = trainer.state
+    facts = run_facts(recipe, trainer, list(trainer.model.config.id2label.values()))
+    found = facts | {"running": {"step": state.global_step, "max_steps": state.max_steps}}
+    log = next((log for log in reversed(state.log_history) if f"eval_{SCORES[0]}" in log), None)
+    if log is not None:
+        scores = {name: log[f"eval_{name}"] for name in SCORES}
+        found["validation"] = scores | {"clips": len(trainer.eval_dataset), "folds": recipe.data.validation_folds}
+    return found
+
+
+def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[str, Any]:
+    """What is known of a run before it ends: where model and data come from, their size, and where it runs."""
+    sources = {"dataset": recipe.data.dataset, "base_model": recipe.model.model}
+    parameters = list(trainer.model.parameters())
+    config = trainer.model.config
+    grower = getattr(trainer, "pai_callback", None)  # counts what the model computes with, without scaffolding
+    return {
+        **sources,
+        "architecture": getattr(config, "backbone", config).model_type,
+        "local": [name for name, source in sources.items() if is_local(source)],
+        "labels": list(labels),
+        "sampling_rate": trainer.processing_class.sampling_rate,
+        "chosen_by": recipe.training.metric_for_best_model,
         "parameters": grower.parameters(trainer.model)
         if grower is not None and grower.active
         else sum(parameter.numel() for parameter in parameters),
         "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "dendrites": grower.summary(trainer.model) if grower is not None and grower.active else None,
         "precision": recipe.training.precision,
-        # Of the last stretch, if the run was interrupted.
-        **{key: timing[key] for key in ("train_runtime", "train_steps_per_second", "train_samples_per_second")},
         "processes": recipe.training.world_size,
-        "skipped": list(skipped),
-        "command": ["train.py", *sys.argv[1:]],
+        "command": ["train.py", *_without_tokens(sys.argv[1:])],
         "environment": environment(trainer.args.device),
     }
-
-
-def model_card(metrics: dict[str, Any], name: str, template: Path) -> str:
-    """README.md of the run folder, from a Jinja template and `run_metrics` alone."""
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="audio-classification",
-        base_model=metrics["base_model"],
-        tags=["audio-classification", "audio-spectrogram-transformer"],
-    )
-    return str(
-        ModelCard.from_template(data, template_path=str(template), name=name, summary=summary(metrics), **metrics)
-    )
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -273,6 +282,19 @@ def environment(device: torch.device) -> dict[str, str]:
     here = Path(__file__).parent
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     return found | ({"commit": git.stdout.strip()} if git.returncode == 0 else {})
+
+
+def _without_tokens(words: Sequence[str]) -> list[str]:
+    """A command line where the values of options such as --hub_token are left out."""
+    hidden, before = [], ""
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if re.fullmatch(TOKEN_OPTION, before) and not word.startswith("--"):
+            hidden.append("…")
+        else:
+            hidden.append(f"{option}=…" if equals and re.fullmatch(TOKEN_OPTION, option) else word)
+        before = word
+    return hidden
 
 
 def _save_figure(figure: Figure, path: Path) -> None:

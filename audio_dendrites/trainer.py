@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -20,10 +21,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils.hub import PushInProgress, hf_api
 
+from audio_dendrites import hub
 from audio_dendrites.averaging import MovingAverage, average_weights
 from audio_dendrites.config import Recipe, RecipeError
+from audio_dendrites.export import ExportError, export_dendritic
+from audio_dendrites.report import running_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +37,10 @@ logger = logging.getLogger(__name__)
 CHANGE_NO_RESULT = {
     "dataloader_num_workers", "disable_tqdm", "logging_first_step", "logging_steps", "logging_strategy", "log_level",
     "output_dir", "preprocessing_num_workers", "report_to", "resume_from_checkpoint", "run_name", "save_total_limit",
+    "push_to_hub", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy",
 }  # fmt: skip
+PUSH_FOLDER = ".push-"  # in the run folder, while a checkpoint is pushed
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 class CheckpointError(RuntimeError):
@@ -46,10 +54,14 @@ class AudioTrainer(Trainer):
     the live ones and passes over what it does not find: an AST's encoder stays as it was. Here checkpoints hold live
     names, and a tensor missing or left over is an error.
 
+    With `push_to_hub` it sends what `hub.py` lets out, in the background, and a push that fails ends no training.
+
     Args:
         learning_rates: Learning rate of each parameter by name; none gives all `args.learning_rate`.
         average_checkpoints: End with the mean weights of so many last checkpoints in the place of the best one's.
         ema_decay: Evaluate, and end with, the moving average of the weights; see `MovingAverage`.
+        recipe: As resolved, and
+        card_template: the Jinja template of the model card; wanted where `args.push_to_hub`.
 
     Attributes:
         averaged_steps: Steps whose checkpoints the weights are the mean of; empty where they are not averaged.
@@ -65,10 +77,12 @@ class AudioTrainer(Trainer):
         learning_rates: dict[str, float] | None = None,
         average_checkpoints: int | None = None,
         ema_decay: float | None = None,
+        recipe: Recipe | None = None,
+        card_template: Path | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.learning_rates = learning_rates
+        self.learning_rates, self.recipe, self.card_template = learning_rates, recipe, card_template
         self.averaged_steps: list[int] = []
         self.ema = None if ema_decay is None else MovingAverage(ema_decay)
         if self.ema is not None:
@@ -103,8 +117,12 @@ class AudioTrainer(Trainer):
         return self.predict(dataset, metric_key_prefix="test")
 
     def evaluation_loop(self, *args, **kwargs):
-        with contextlib.nullcontext() if self.ema is None else self.ema.in_place_of(self.model):
+        with self._averaged():
             return super().evaluation_loop(*args, **kwargs)
+
+    def _averaged(self) -> contextlib.AbstractContextManager:
+        """In which the model has the moving average of its weights, if there is one."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.in_place_of(self.model)
 
     def load_average(self, count: int) -> None:
         """Give the model the mean weights of the last checkpoints; where there are fewer than `count`, of those.
@@ -163,6 +181,63 @@ class AudioTrainer(Trainer):
             self.processing_class.save_pretrained(output_dir)
             if self.ema is not None:
                 self.ema.save(output_dir)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Ask the Hub before the training, so that what is wrong with it is said early."""
+        self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None
+        if self.is_world_process_zero():
+            for left_over in Path(self.args.output_dir).glob(f"{PUSH_FOLDER}*"):  # of a run that was killed
+                shutil.rmtree(left_over)
+            hub.ask(self.args)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: the card is `hub.model_card`'s, and the Trainer's own never takes its place."""
+
+    def push_to_hub(self, *args, **kwargs) -> None:
+        """Push the finished run folder."""
+        self._finish_current_push()
+        hub.publish_finished(self.args, self.card_template)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if (
+            not self.is_world_process_zero()
+            or self.args.hub_strategy == HubStrategy.END
+            or (is_pushing and not self.args.hub_always_push)
+        ):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        with contextlib.ExitStack() as kept:
+            try:
+                folder = kept.enter_context(tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=PUSH_FOLDER))
+                files = self._files_of_checkpoint(Path(checkpoint_folder), Path(folder))
+            except (ExportError, OSError, SafetensorError) as error:
+                logger.warning("Step %d is not pushed, and the training goes on: %s", self.state.global_step, error)
+                return
+            message = f"Training in progress, step {self.state.global_step}"
+            job = hf_api().run_as_future(self._push, kept.pop_all(), files, message)
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if is_pushing else []), job])
+
+    def _push(self, kept: contextlib.ExitStack, files: dict[str, Path | bytes], message: str) -> None:
+        with kept:
+            hub.push_checkpoint(self.args, files, message)
+
+    def _files_of_checkpoint(self, checkpoint: Path, folder: Path) -> dict[str, Path | bytes]:
+        """The model as `pipeline` loads it, its card and, if the strategy says so, what resumes the training.
+
+        All of it lies in `folder`, as the training goes on and deletes checkpoints while it is sent.
+        """
+        grower = getattr(self, "pai_callback", None)
+        with self._averaged():
+            export_dendritic(self.model, folder, self.processing_class, grower and grower.config.activation)
+        files = hub.model_files(folder)
+        metrics, recipe = hub.without_paths_of(running_metrics(self.recipe, self), self.recipe.to_dict())
+        card = hub.model_card(metrics, recipe, self.card_template, self.args.hub_model_id, set(files))
+        files |= {"README.md": card.encode()}
+        if self.args.hub_strategy == HubStrategy.CHECKPOINT:
+            best = self.state.best_model_checkpoint
+            files |= hub.checkpoint_files(checkpoint, best and Path(best), folder)
+        return files
 
     def _issue_warnings_after_load(self, load_result) -> None:
         if load_result.missing_keys or load_result.unexpected_keys:
@@ -256,8 +331,10 @@ def check_run_folder(recipe: Recipe, model: nn.Module) -> None:
 def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
     """The checkpoint to go on from: the one the recipe names, else the newest complete one of its run folder.
 
+    One that is named by a Hub id is fetched into the run folder.
+
     Raises:
-        RecipeError: The one named is not complete, or is of other classes.
+        RecipeError: The one named does not exist, is not complete, or is of other classes.
     """
     if args.resume_from_checkpoint is None:
         folder = last_checkpoint(Path(args.output_dir))
@@ -266,6 +343,11 @@ def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
         logger.info("Checkpoint found, resuming from %s.", folder)
         return str(folder)
     folder = Path(args.resume_from_checkpoint)
+    if not folder.exists() and re.fullmatch(HUB_ID, args.resume_from_checkpoint):
+        with args.main_process_first(desc="fetching the checkpoint"):
+            folder = hub.fetch_checkpoint(
+                args.resume_from_checkpoint, Path(args.output_dir), args.hub_token, args.local_process_index == 0
+            )
     if fault := _fault(folder):
         raise RecipeError(f"resume_from_checkpoint: {folder}: {fault}")
     classes = list(json.loads((folder / "config.json").read_text())["id2label"].values())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from datasets import Dataset
-from hub.server import Hub
+from hub.server import WRITE_TOKEN, Hub
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,18 +40,42 @@ def wav(samples: np.ndarray, rate: int = 16000) -> bytes:
 
 
 @pytest.fixture
+def online(hub, tmp_path, monkeypatch) -> Hub:
+    """The same Hub, and this process logged in to it."""
+    environment = hub.environment(tmp_path / "home", WRITE_TOKEN)
+    for name in [*environment, *os.environ]:
+        if name.startswith("HF_") and name != "HF_DATASETS_CACHE":
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
+        "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    return hub
+
+
+@pytest.fixture
 def hub(tmp_path) -> Iterator[Hub]:
     """A Hub on this machine; `hub.environment(home, token)` is what a process needs to have it as its only one."""
     with Hub(tmp_path / "hub") as server:
         yield server
 
 
-@pytest.fixture
-def tones(tmp_path) -> Path:
+def tone_of(row: int) -> np.ndarray:
+    """The sound of a clip of `tones`."""
+    return tone(3000 if row % 2 else 300, 0.3 + 0.02 * row, seed=row)
+
+
+def write_tones(path: Path) -> Path:
     """A Parquet file of 24 clips: three folds, the classes high and low, two clips a source recording."""
     rows = [
         {
-            "audio": {"bytes": wav(tone(3000 if row % 2 else 300, 0.3 + 0.02 * row, seed=row)), "path": f"{row}.wav"},
+            "audio": {"bytes": wav(tone_of(row)), "path": f"{row}.wav"},
             "name": f"clip-{row}",
             "kind": "high" if row % 2 else "low",
             "fold": 1 + row // 8,
@@ -59,9 +83,14 @@ def tones(tmp_path) -> Path:
         }
         for row in range(24)
     ]
-    path = tmp_path / "tones.parquet"
     Dataset.from_list(rows).to_parquet(path)
     return path
+
+
+@pytest.fixture
+def tones(tmp_path) -> Path:
+    """The file of `write_tones`."""
+    return write_tones(tmp_path / "tones.parquet")
 
 
 TONES = {  # recipe fields for `tones`

@@ -3,7 +3,6 @@ import json
 import evaluate
 import numpy as np
 import pytest
-from conftest import ROOT
 from matplotlib.image import imread
 from pandas import DataFrame
 from transformers.trainer_utils import PredictionOutput
@@ -11,7 +10,6 @@ from transformers.trainer_utils import PredictionOutput
 from audio_dendrites.metrics import Accuracy, MacroF1, MeanAveragePrecision, PerClassAccuracy
 from audio_dendrites.report import (
     markdown_table,
-    model_card,
     plot_confusion,
     plot_learning_curves,
     predictions_table,
@@ -96,30 +94,3 @@ def test_plots_are_pictures_with_something_on_them(tmp_path):
         picture = imread(tmp_path / name)
         assert min(picture.shape[:2]) > 300 and picture.std() > 0.05
     assert len(list(tmp_path.iterdir())) == 2  # nothing half-written is left
-
-
-def test_the_card_says_what_was_measured_and_that_synthetic_data_is(tmp_path):
-    scores = score(table(), ["cat", "dog", "owl"]) | {"folds": ["3"]}
-    metrics = {
-        "dataset": "synthetic",
-        "base_model": None,
-        "labels": ["cat", "dog", "owl"],
-        "sampling_rate": 16000,
-        "validation": scores,
-        "test": scores,
-        "chosen_by": "accuracy",
-        "parameters": 1234567,
-        "trained_parameters": 1000,
-        "steps": 7,
-        "precision": "bf16",
-        "environment": {"hardware": "CPU (x86_64)"},
-        "skipped": ["a.wav: empty"],
-    }
-    card = model_card(metrics, "run", ROOT / "model_cards" / "model.md.jinja")
-    assert card.startswith("---\n") and "pipeline_tag: audio-classification" in card
-    assert "**The data set is synthetic" in card and "1,234,567 parameters" in card and "0.7500" in card
-    assert "Skipped clips: 1" in card and "base_model" not in card
-    real = model_card(
-        metrics | {"dataset": "a/b", "base_model": "c/d", "skipped": []}, "run", ROOT / "model_cards" / "model.md.jinja"
-    )
-    assert "synthetic" not in real and "base_model: c/d" in real and "Skipped" not in real

@@ -1,0 +1,94 @@
+"""Push finished runs to the Hub: weights, code, card, scores and plots; --help explains the options.
+
+    python publish.py RUN --repo_id me/ast-urbansound8k [--private] [--revision BRANCH]
+    python publish.py RUN [RUN ...] [--dry_run]
+
+A run with dendrites whose baseline's run folder stands beside it is pushed together with it, the baseline as
+<repo_id>-baseline, and each card links to the other. The token is that of `hf auth login` or of HF_TOKEN. The same
+command again sends what is missing. --dry_run lists every file, asks for no token, and sends nothing.
+"""
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from audio_dendrites import hub
+from audio_dendrites.config import default_hub_model_id
+from audio_dendrites.report import markdown_table
+
+CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
+
+
+def publications(options: argparse.Namespace) -> list[tuple[Path, str, str | None]]:
+    """Run folder, repository and the repository of the checkpoint it is compared with, for all that is pushed."""
+    found = []
+    for run in options.runs:
+        repo_id = options.repo_id or default_hub_model_id(str(run))
+        baseline = baseline_of(run)
+        if baseline is None or baseline in options.runs or options.without_baseline:
+            found.append((run, repo_id, None))
+        else:
+            found += [(baseline, f"{repo_id}-baseline", repo_id), (run, repo_id, f"{repo_id}-baseline")]
+    return found
+
+
+def baseline_of(run: Path) -> Path | None:
+    """The finished run folder that comparison.json names as the baseline of a run with dendrites, if it is there."""
+    path = run / "comparison.json"
+    if not path.is_file():
+        return None
+    baseline, dendritic = (json.loads(path.read_text())[side]["runs"] for side in ("baseline", "dendritic"))
+    beside = run.resolve().parent / baseline[0]
+    return beside if dendritic == [run.resolve().name] and (beside / "metrics.json").is_file() else None
+
+
+def show(run: Path, repo_id: str, other: str | None) -> None:
+    """List what would be sent."""
+    files = hub.with_card(run, repo_id, CARD, other)
+    sizes = {
+        name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()
+    }
+    rows = [["file", "bytes", "stored as"]]
+    rows += [[name, f"{size:,}", "LFS" if Path(name).suffix in hub.LFS else "text"] for name, size in sizes.items()]
+    print(f"\n{run} → {repo_id}\n\n{markdown_table(rows)}\n\n{sum(sizes.values()):,} bytes, and nothing was sent.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Push, or show, one run after the other."""
+    options = parse(arguments)
+    for run, repo_id, other in publications(options):
+        if options.dry_run:
+            show(run, repo_id, other)
+            continue
+        command = shlex.join(["python", "publish.py", *arguments])
+        address = hub.publish(run, repo_id, CARD, other, options.private or None, options.revision, command=command)
+        print(
+            f"{run}: {f'published at {address}' if address else f'nothing to upload, {repo_id} has it all'}", flush=True
+        )
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a finished run.")
+    parser.add_argument("--repo_id", help="owner/name, for one RUN. Default: from the folder, with the token's owner.")
+    parser.add_argument("--private", action="store_true", help="Make a repository that does not exist yet private.")
+    parser.add_argument("--revision", metavar="BRANCH", help="Branch to push to, made if it is missing. Default: main.")
+    parser.add_argument("--without_baseline", action="store_true", help="Push a run with dendrites alone.")
+    parser.add_argument("--dry_run", action="store_true", help="List every file and byte, and send nothing.")
+    options = parser.parse_args(arguments)
+    if options.repo_id and len(options.runs) > 1:
+        parser.error(f"--repo_id names the repository of one run, found {len(options.runs)} runs")
+    return options
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    try:
+        main(sys.argv[1:])
+    except hub.PublishError as error:
+        sys.exit(f"error: {error}")

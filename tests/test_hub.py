@@ -1,0 +1,304 @@
+"""The model card, and what of a run folder may leave the machine."""
+
+import copy
+import json
+import socket
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+from conftest import ROOT
+from huggingface_hub import EvalResult, ModelCard, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from audio_dendrites.config import RecipeError, default_hub_model_id, parse_recipe
+from audio_dendrites.hub import PublishError, check_outgoing, model_card, outgoing, read_run, without_paths
+
+TEMPLATE = ROOT / "model_cards" / "model.md.jinja"
+CARDS = Path(__file__).parent / "cards"
+
+SCORES = {"accuracy": 0.75, "macro_f1": 0.7333333, "mAP": 0.9, "clips": 4}
+METRICS = {
+    "dataset": "synthetic",
+    "base_model": None,
+    "local": [],
+    "labels": ["cat", "dog"],
+    "sampling_rate": 16000,
+    "chosen_by": "accuracy",
+    "parameters": 1234567,
+    "trained_parameters": 1234567,
+    "dendrites": None,
+    "precision": "bf16",
+    "processes": 1,
+    "command": ["train.py", "configs/quickstart.yaml", "--seed", "7"],
+    "environment": {
+        "hardware": "CPU (x86_64)", "python": "3.12.1", "torch": "2.11.0", "transformers": "5.23.0",
+        "commit": "329a8dd",
+    },
+    "validation": SCORES | {"folds": ["9"]},
+    "test": SCORES
+    | {
+        "folds": ["10"],
+        "per_class": {
+            "cat": {"accuracy": 0.5, "f1": 0.6666667, "clips": 2},
+            "dog": {"accuracy": 1.0, "f1": 0.8, "clips": 2},
+        },
+    },
+    "best_step": 60,
+    "steps": 70,
+    "epochs": 7.0,
+    "train_runtime": 3725.2,
+    "train_steps_per_second": 0.5,
+    "train_samples_per_second": 5.0,
+    "skipped": [],
+}  # fmt: skip
+RECIPE = {
+    "dataset": "synthetic",
+    "dataset_split": "train",
+    "train_folds": ["1", "2"],
+    "validation_folds": ["9"],
+    "test_folds": ["10"],
+    "drop_leaks": False,
+    "learning_rate": 0.001,
+    "num_train_epochs": 7.0,
+    "precision": "bf16",
+    "seed": 7,
+    "time_mask": 0,
+}
+COMPARISON = {
+    "dataset": "synthetic",
+    "clips": 4,
+    "baseline": {"runs": ["base"], "accuracy": 0.5, "parameters": 1000000, "steps": [70], "seconds_a_step": 0.5},
+    "dendritic": {"runs": ["dend"], "accuracy": 0.75, "parameters": 1234567, "steps": [70], "seconds_a_step": 0.6},
+    "error_reduction_percent": 50.0,
+    "parameters_added_percent": 23.4567,
+    "step_time_ratio": 1.2,
+    "p": 1.0,
+    "interval": [-0.25, 0.75],
+    "significant": False,
+    "verdict": "The difference is not significant: +25.00 points of accuracy.",
+}  # fmt: skip
+DENDRITES = {
+    "layers": {"classifier.dense": 1, "layers.1.mlp.fc1": 2},
+    "activation": "sigmoid",
+    "growth": [
+        {"step": 20, "metric": 0.5, "evaluated_dendrites": 0, "dendrites": 1, "parameters": 1100000, "event": "grown"},
+        {
+            "step": 40,
+            "metric": 0.625,
+            "evaluated_dendrites": 1,
+            "dendrites": 2,
+            "parameters": 1234567,
+            "event": "grown",
+        },
+    ],
+}
+US8K = {
+    "dataset": "danavery/urbansound8K",
+    "base_model": "MIT/ast-finetuned-audioset-10-10-0.4593",
+    "labels": ["air_conditioner", "car_horn"],
+}
+FIGURES = {"confusion_matrix.png", "learning_curves.png", "metrics.json", "config.yaml", "predictions.parquet"}
+
+
+def without(values, *names):
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def card_of(kind: str) -> str:
+    """The card of a run of each kind."""
+    if kind == "baseline":
+        return model_card(METRICS, RECIPE, TEMPLATE, "me/quickstart-baseline", FIGURES, COMPARISON, "me/quickstart")
+    if kind == "dendritic":
+        files = FIGURES | {"dendritic.py", "dendrites.png", "comparison.png"}
+        metrics = METRICS | {"dendrites": DENDRITES}
+        other, commit = "me/quickstart-baseline", "0123456789abcdef0123456789abcdef01234567"
+        return model_card(metrics, RECIPE, TEMPLATE, "me/quickstart", files, COMPARISON, other, commit)
+    if kind == "running":
+        metrics = without(METRICS, "test", "best_step", "steps", "epochs", "train_runtime", "skipped")
+        metrics |= {"running": {"step": 40, "max_steps": 70}, "dendrites": DENDRITES}
+        return model_card(metrics, RECIPE, TEMPLATE, "me/quickstart", {"model.safetensors", "dendritic.py"})
+    recipe = RECIPE | {"dataset": US8K["dataset"], "dataset_revision": "8aa9177", "drop_leaks": True}
+    metrics = METRICS | US8K | {"trained_parameters": 1000, "processes": 2, "skipped": ["a.wav: empty"]}
+    return model_card(metrics, recipe, TEMPLATE, "me/ast-urbansound8k", FIGURES)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "dendritic", "running", "urbansound8k"])
+def test_the_whole_card(kind):
+    assert card_of(kind) == (CARDS / f"{kind}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["baseline", "dendritic", "running", "urbansound8k"])
+def test_the_metadata_are_what_the_hub_takes(kind, online, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(card_of(kind), encoding="utf-8")
+    ModelCard.load(path).validate()
+    assert online.log[-1].path == "/api/validate-yaml" and online.log[-1].status == 200
+    metadata = metadata_load(path)
+    assert metadata["pipeline_tag"] == "audio-classification" and metadata["library_name"] == "transformers"
+    assert (
+        ("dendrites" in metadata["tags"]) == ("perforatedai" in metadata["tags"]) == (kind in ("dendritic", "running"))
+    )
+    if kind == "running":
+        assert "model-index" not in metadata
+        return
+    name, results = model_index_to_eval_results(metadata["model-index"])
+    assert name == {"urbansound8k": "ast-urbansound8k", "dendritic": "quickstart"}.get(kind, "quickstart-baseline")
+    assert [result.metric_value for result in results] == [0.75, 0.7333333, 0.9]
+    assert all(isinstance(result, EvalResult) and result.dataset_split == "train" for result in results)
+    assert results[0].dataset_args == {"test_folds": ["10"], "cross_validation": False}
+    if kind == "urbansound8k":
+        assert metadata["datasets"] == [US8K["dataset"]] and metadata["base_model"] == US8K["base_model"]
+        assert results[0].dataset_revision == "8aa9177" and results[0].dataset_name == "UrbanSound8K"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "family", "paper"),
+    [("cnn14", "A CNN14 that takes waveforms and tells", "kong2020panns"),
+     ("mel-vit", "A Vision Transformer on mel spectrograms that takes waveforms and tells", "dosovitskiy2021image")],
+)  # fmt: skip
+def test_other_architectures_bring_code_and_no_dendrites(architecture, family, paper):
+    files = {"model.safetensors", "waveform.py", "cnn14.py"}
+    metrics = METRICS | {"architecture": architecture}
+    card = ModelCard(model_card(metrics, RECIPE | {"waveform": True}, TEMPLATE, "me/x", files))
+    assert card.data.tags == ["audio-classification", architecture]
+    assert family in card.content and paper in card.content and "gong2021" not in card.content
+    assert "The model is code of this repository, `cnn14.py`, `waveform.py`" in card.content
+    assert "trust_remote_code=True)" in card.content and "dendrites" not in card.content.split("audio-dendrites")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "license"),
+    [
+        ({}, "apache-2.0"),
+        ({"base_model": "a/b"}, None),
+        ({"dataset": "a/b"}, None),
+        ({"dataset": "danavery/urbansound8K"}, "cc-by-nc-4.0"),
+        ({"dataset": "my_UrbanSound8K", "local": ["dataset"]}, "cc-by-nc-4.0"),
+    ],
+)
+def test_the_licence_is_that_of_the_data_or_left_out(changes, license):
+    card = ModelCard(model_card(METRICS | changes, RECIPE, TEMPLATE, "me/x", FIGURES))
+    assert card.data.license == license
+    assert ("CC BY-NC 4.0" in card.content) == ("salamon2014urbansound" in card.content) == (license == "cc-by-nc-4.0")
+
+
+def test_what_is_local_is_no_id_of_the_hub():
+    metrics = METRICS | {"dataset": "tones.parquet", "base_model": "my-ast", "local": ["dataset", "base_model"]}
+    card = ModelCard(model_card(metrics, RECIPE, TEMPLATE, "me/x", FIGURES))
+    assert card.data.datasets is None and card.data.base_model is None
+    assert "the local model `my-ast` on the local data set `tones.parquet`" in card.content
+
+
+def test_figures_that_were_not_measured_are_left_out():
+    comparison = copy.deepcopy(COMPARISON) | {"step_time_ratio": float("nan"), "error_reduction_percent": None}
+    comparison["baseline"]["seconds_a_step"] = float("nan")
+    card = model_card(without(METRICS, "train_runtime"), RECIPE, TEMPLATE, "me/x", set(), comparison)
+    assert "nan" not in card.lower().replace("finance", "") and "None" not in card and ".png" not in card
+    assert "seconds a step" not in card and " min" not in card and "the baseline makes no errors" in card
+
+
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        ("/data/us8k", "us8k"),
+        ("/home/jo smith/my runs/x/", "x"),
+        ("~/data/us8k.parquet", "us8k.parquet"),
+        ("../data/us8k", "us8k"),
+        ("--dataset=/data/my set/us8k", "--dataset=us8k"),
+        (r"C:\Users\jo\us8k", "us8k"),
+        ('{"path": "/data/x"}', '{"path": "x"}'),
+        ("- baseline: /data/runs/a_baseline", "- baseline: a_baseline"),
+        ("/data/a.wav: empty", "a.wav: empty"),
+        ("damaged (/data/a.wav)", "damaged (a.wav)"),
+        ("danavery/urbansound8K", "danavery/urbansound8K"),
+        ("configs/quickstart.yaml", "configs/quickstart.yaml"),
+        ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
+        ("samples/s and 1 / 2", "samples/s and 1 / 2"),
+    ],
+)
+def test_paths_of_this_machine_become_their_last_part(text, published):
+    assert without_paths(text) == published
+    assert without_paths({"a": [text, 1, None]}) == {"a": [published, 1, None]}
+
+
+SECRET = "correct-horse-battery"
+LEAKS = {
+    "what looks like a token": b"x hf_AbCdEfGhIjKlMnOpQrStUv",
+    "the token of the Hub": b"hf_loopbackMayWrite",
+    "the value of the environment variable WANDB_API_KEY": SECRET.encode(),
+    "a path in the home folder": b"/nowhere/jo/data",
+    "a path in a home folder": b"see /home/alice/data",
+    "the name of this machine": b"ran on node-17",
+}
+
+
+@pytest.mark.parametrize("what", LEAKS)
+@pytest.mark.parametrize("name", ["config.yaml", "README.md", "predictions.parquet", "model.safetensors"])
+def test_whatever_must_not_leave_is_found(what, name, online, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("HOME", "/nowhere/jo")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-17.cluster")
+    content = LEAKS[what]
+    if name == "predictions.parquet":
+        content = pandas.DataFrame({"clip": ["a", content.decode()], "logits": [[0.0], [1.0]]}).to_parquet()
+    path = tmp_path / name
+    path.write_bytes(b"\0\1\2" * 5 + content if name == "model.safetensors" else content)
+    files = {"metrics.json": b"{}", name: path}
+    if name == "model.safetensors" and what in ("a path in a home folder", "the name of this machine"):
+        check_outgoing(files)  # in weights any bytes may stand
+        return
+    with pytest.raises(PublishError, match=f"{name} holds {what}.*nothing was sent") as error:
+        check_outgoing(files)
+    assert SECRET not in str(error.value) and "hf_" not in str(error.value)
+
+
+def test_a_secret_between_two_pieces_of_a_large_file_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setattr("audio_dendrites.hub.PIECE", 1000)
+    monkeypatch.setattr("audio_dendrites.hub.OVERLAP", 50)
+    (tmp_path / "model.safetensors").write_bytes(bytes(1990) + SECRET.encode() + bytes(5000))
+    with pytest.raises(PublishError, match="model.safetensors holds the value of the environment variable WANDB"):
+        check_outgoing({"model.safetensors": tmp_path / "model.safetensors"})
+
+
+def test_ordinary_words_of_the_environment_are_no_secrets(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "accuracy")
+    monkeypatch.setattr(socket, "gethostname", lambda: "audio")
+    check_outgoing({"README.md": b"audio accuracy"})
+
+
+def test_an_unfinished_or_broken_run_is_not_published(tmp_path):
+    with pytest.raises(PublishError, match="has no metrics.json"):
+        outgoing(tmp_path)
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(RECIPE))
+    with pytest.raises(PublishError, match="has no model.safetensors"):
+        outgoing(tmp_path)
+
+
+def test_an_older_run_folder_says_by_its_paths_what_is_local(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(without(METRICS, "local") | {"dataset": str(tmp_path)}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(RECIPE | {"dataset": str(tmp_path)}))
+    metrics, recipe, comparison = read_run(tmp_path)
+    assert metrics["local"] == ["dataset"] and metrics["dataset"] == recipe["dataset"] == tmp_path.name
+    assert comparison is None
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "repo_id"),
+    [
+        ("runs/quickstart", "quickstart"),
+        ("runs/urbansound8k/ast_pai", "urbansound8k-ast_pai"),
+        ("/data/my runs/x (2)", "x-2"),
+        ("/data/runs/a/b/", "a-b"),
+    ],
+)
+def test_a_run_folder_has_a_repository_of_its_own(output_dir, repo_id):
+    assert default_hub_model_id(output_dir) == repo_id
+
+
+def test_all_checkpoints_is_no_strategy_here():
+    with pytest.raises(RecipeError, match="hub_strategy: found all_checkpoints, wanted end, every_save or checkpoint"):
+        parse_recipe(["--hub_strategy", "all_checkpoints"])

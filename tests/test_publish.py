@@ -1,0 +1,436 @@
+"""Runs pushed to a loopback Hub over real HTTP: by publish.py, by a training, and loaded again by strangers."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import wait
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import torch
+import yaml
+from conftest import TINY_AST, TONES, tone_of, write_tones
+from hub.server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, Fault
+from safetensors.torch import load_file
+from transformers import AutoModelForAudioClassification, TrainerCallback
+
+import publish
+import train
+from audio_dendrites.config import RecipeError, parse_recipe
+from audio_dendrites.hub import PublishError
+from audio_dendrites.trainer import AudioTrainer
+
+pytest.importorskip("perforatedai", reason="perforatedai has no wheel for this Python; 3.11 and 3.12 have one")
+
+RECIPE = TONES | {
+    "max_length": 48,
+    "model_config": TINY_AST,
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 3,
+    "learning_rate": 1e-2,
+    "precision": "fp32",
+    "preprocessing_num_workers": 1,
+    "logging_steps": 1,
+    "load_best_model_at_end": False,  # so that what has grown stays
+}
+PAI = {"modules": ["classifier.dense"], "max_dendrites": 1, "schedule": "fixed", "interval": 1, "metric": "accuracy"}
+SECRET = "correct-horse-battery"
+MODEL = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+REPORTS = {"config.yaml", "confusion_matrix.png", "learning_curves.png", "metrics.json", "predictions.parquet"}
+PLAIN = MODEL | REPORTS | {"comparison.json"}
+DENDRITIC = PLAIN | {"comparison.md", "comparison.png", "dendrites.png", "dendritic.py"}
+
+
+def write_recipe(folder: Path, tones: Path, **changes) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"dataset": str(tones), "output_dir": str(folder / "run")} | changes))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with the run folders of a dendritic model, `run`, and of its baseline, `run_baseline`."""
+    folder = tmp_path_factory.mktemp("home-of-jo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
+        recipe = write_recipe(
+            folder, write_tones(folder / "tones.parquet"), pai=PAI | {"stop_when_complete": False}, baseline=True
+        )
+        patch.setattr(sys, "argv", ["train.py", recipe, "--hub_token", "hf_PlantedOnTheCommandLine"])
+        train.main(parse_recipe(sys.argv[1:]))
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path) -> Path:
+    """A copy of them, and where nobody looks it has secrets."""
+    folder = shutil.copytree(trained, tmp_path / "runs", ignore=shutil.ignore_patterns("datasets"))
+    for run in (folder / "run", folder / "run_baseline"):
+        for stray in (
+            "notes.md",
+            "training_args.bin",
+            "optimizer.pt",
+            "clip.wav",
+            "secrets.py",
+            "tensorboard/events",
+            "x.png",
+        ):
+            (run / stray).write_text(f"{SECRET} {run}")
+        checkpoint = next(run.glob("checkpoint-*"))
+        (checkpoint / "trainer_state.json").write_text(SECRET)
+    return folder
+
+
+@pytest.fixture
+def slept(monkeypatch) -> list[float]:
+    """How long the process meant to wait; it does not."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def requests(hub, match: str) -> list:
+    return [entry for entry in hub.log if re.search(match, f"{entry.method} {entry.path}")]
+
+
+def push(runs: Path, *options: str) -> None:
+    publish.main([str(runs / "run"), "--repo_id", "me/tones", *options])
+
+
+def test_one_command_publishes_both_checkpoints_and_strangers_load_them(runs, online, tmp_path):
+    before = digest(runs)
+    push(runs)
+    assert digest(runs) == before
+    assert online.files("me/tones").keys() == DENDRITIC and online.files("me/tones-baseline").keys() == PLAIN
+    cards = {repo_id: online.files(repo_id)["README.md"].decode() for repo_id in ("me/tones", "me/tones-baseline")}
+    assert "(https://huggingface.co/me/tones-baseline)" in cards["me/tones"]
+    assert "(https://huggingface.co/me/tones)" in cards["me/tones-baseline"]
+    pinned = re.search(r'trust_remote_code=True,\s+revision="([0-9a-f]{40})"', cards["me/tones"])[1]
+    assert online.commits("me/tones")[1] == pinned and "revision=" not in cards["me/tones-baseline"]
+
+    rows = list(range(16, 24))
+    np.save(
+        tmp_path / "waveforms.npy", np.array([np.round(tone_of(row) * 32767) / 32768 for row in rows], dtype=object)
+    )
+    program = f"""
+import sys
+sys.modules |= dict.fromkeys(["audio_dendrites", "perforatedai", "pai_callback", "datasets", "torchaudio"])
+import numpy, torch
+from transformers import pipeline
+for arguments in ({{"model": "me/tones-baseline"}},
+                  {{"model": "me/tones", "trust_remote_code": True, "revision": "{pinned}"}}):
+    classify = pipeline("audio-classification", **arguments)
+    waveforms = [waveform.astype("float32") for waveform in numpy.load("waveforms.npy", allow_pickle=True)]
+    inputs = classify.feature_extractor(waveforms, sampling_rate=16000, return_tensors="pt")
+    with torch.no_grad():
+        print(classify.model(**inputs).logits.tolist())
+    assert {{one["label"] for one in classify(waveforms[0])}} == {{"high", "low"}}
+"""
+    environment = online.environment(tmp_path / "empty", PYTHONPATH="", OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for line, run in zip(done.stdout.splitlines(), ("run_baseline", "run"), strict=True):
+        found = np.array(json.loads(line))
+        expected = np.stack(pandas.read_parquet(runs / run / "predictions.parquet")["logits"])
+        assert np.abs(found - expected).max() < 1e-4  # without torchaudio the stock features are NumPy's
+
+
+def test_nothing_secret_is_in_anything_the_hub_received(runs, online, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    push(runs)
+    received = [path.read_bytes() for path in (online.folder / "blobs").iterdir()]
+    received += [pandas.read_parquet(path).to_string().encode() for path in (online.folder / "blobs").iterdir()
+                 if path.read_bytes()[:4] == b"PAR1"]  # fmt: skip
+    assert len(received) > 15
+    for secret in (SECRET, "home-of-jo", str(runs), "PlantedOnTheCommandLine", WRITE_TOKEN, socket.gethostname() + "."):
+        assert not [content for content in received if secret.encode() in content], secret
+    metrics = json.loads(online.files("me/tones")["metrics.json"])
+    assert (
+        metrics["command"] == ["train.py", "recipe.yaml", "--hub_token", "…"] and metrics["dataset"] == "tones.parquet"
+    )
+    recipe = yaml.safe_load(online.files("me/tones")["config.yaml"])
+    assert recipe["dataset"] == "tones.parquet" and recipe["output_dir"] == "run"
+    assert "datasets" not in (card := online.files("me/tones")["README.md"].decode()).split("---")[1]
+    assert "the local data set `tones.parquet`" in card and "--hub_token … " not in card.split("```bash")[0]
+
+
+def test_a_planted_secret_in_what_is_sent_stops_everything(runs, online, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    recipe = runs / "run_baseline" / "config.yaml"
+    recipe.write_text(recipe.read_text() + f"run_name: {SECRET}\n")
+    with pytest.raises(PublishError, match="config.yaml holds the value of the environment variable WANDB_API_KEY"):
+        push(runs)
+    assert online.log == []
+
+
+def test_a_second_push_sends_only_what_is_missing(runs, online, capsys):
+    push(runs)
+    commits = online.commits("me/tones")
+    online.log.clear()
+    push(runs)
+    assert "nothing to upload, me/tones has it all" in capsys.readouterr().out
+    assert online.commits("me/tones") == commits and not requests(online, "PUT|/commit/")
+    metrics = json.loads((runs / "run" / "metrics.json").read_text())
+    (runs / "run" / "metrics.json").write_text(json.dumps(metrics | {"epochs": 99.0}))
+    push(runs)
+    assert not requests(online, "PUT") and online.commits("me/tones")[2:] == commits
+    assert json.loads(online.files("me/tones")["metrics.json"])["epochs"] == 99.0
+
+
+def test_options_branch_private_alone_and_folder_names(runs, online, capsys, monkeypatch):
+    push(runs, "--private", "--revision", "first", "--without_baseline")
+    assert online.load("model", "me/tones")["private"] and set(online.load("model", "me/tones")["branches"]) == {
+        "main",
+        "first",
+    }
+    assert online.files("me/tones").keys() == set() and online.files("me/tones", revision="first").keys() == DENDRITIC
+    assert not (online.folder / "repos" / "model--me--tones-baseline.json").exists()
+    monkeypatch.chdir(runs.parent)
+    publish.main(["runs/run_baseline", "runs/run"])
+    assert online.files("me/run").keys() == DENDRITIC and online.files("me/run_baseline").keys() == PLAIN
+
+
+def test_a_dry_run_lists_every_byte_without_token_or_request(runs, online, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    push(runs, "--dry_run")
+    listed = capsys.readouterr().out
+    assert online.log == [] and "me/tones-baseline" in listed
+    assert set(re.findall(r"^\| ([\w.]+) +\| +[\d,]+ ", listed, re.M)) == DENDRITIC
+    assert f"{(runs / 'run' / 'model.safetensors').stat().st_size:,}" in listed
+    totals = [
+        int(total.replace(",", "")) for total in re.findall(r"^([\d,]+) bytes, and nothing was sent", listed, re.M)
+    ]
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    push(runs, "--without_baseline")
+    sent = sum(map(len, online.files("me/tones").values()))
+    assert abs(sent - totals[1]) < 300  # the pinned revision, and no link to the baseline
+
+
+@pytest.mark.parametrize(
+    ("token", "fault", "repo_id", "said"),
+    [
+        (None, None, "me/tones", "there is no token: log in with `hf auth login`, or set HF_TOKEN"),
+        ("hf_unknown", None, "me/tones", "the Hub does not know the token.*401"),
+        (READ_TOKEN, None, "me/tones", "the token may not write there .403: You must use a write token"),
+        (OTHER_TOKEN, None, "me/tones", "the token may not write there .403: You don't have the rights"),
+        (WRITE_TOKEN, None, "me/to--nes", "Cannot have -- or .. in repo_id"),
+        (WRITE_TOKEN, None, "me/my/tones", "Repo id must be in the form"),
+        (WRITE_TOKEN, Fault("batch", 403, "Storage limit reached"), "me/tones", "the storage of the account is full"),
+        (WRITE_TOKEN, Fault("PUT", 507, "Insufficient storage"), "me/tones", "the Hub has no room left"),
+        (WRITE_TOKEN, Fault("/commit/", 413, "Too large"), "me/tones", "the storage of the account is full .413"),
+        (WRITE_TOKEN, Fault("create", 500, times=99), "me/tones", "the Hub is out of order .500: Failed on demand"),
+        (WRITE_TOKEN, Fault("/commit/", 429, times=99), "me/tones", "the Hub answers no more requests for now"),
+        (WRITE_TOKEN, Fault("PUT", 503, times=99), "me/tones", "the Hub is out of order .503"),
+    ],
+)  # fmt: skip
+def test_a_hub_that_fails_leaves_the_run_intact_and_is_explained(
+    runs, online, slept, monkeypatch, token, fault, repo_id, said
+):
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    online.faults += [fault] if fault else []
+    before = digest(runs)
+    command = [str(runs / "run_baseline"), "--repo_id", repo_id]
+    with pytest.raises(PublishError, match=said) as error:
+        publish.main(command)
+    assert str(error.value).endswith(f"sends what is missing: python publish.py {' '.join(command)}")
+    assert "\n" not in str(error.value) and "hf_" not in str(error.value)
+    assert digest(runs) == before
+    if token == WRITE_TOKEN and "--" not in repo_id and repo_id.count("/") == 1:
+        online.faults.clear()
+        publish.main(command)
+        assert online.files(repo_id).keys() == PLAIN
+
+
+@pytest.mark.parametrize("where", ["create", "preupload", "batch", "PUT", "/commit/", "whoami", "/commits/"])
+def test_a_busy_hub_is_waited_for(runs, online, slept, capfd, caplog, where):
+    online.faults += [Fault(where, 429, headers={"Retry-After": "17"}), Fault(where, 503, skip=0)]
+    publish.main([str(runs / "run"), "--repo_id", "tones", "--without_baseline"])
+    assert online.files("me/tones").keys() == DENDRITIC
+    assert slept[0] in (17, 18) and 1 <= slept[1] <= 2
+    said = capfd.readouterr().err + caplog.text
+    assert re.search("trying again in 17 s|Waiting 18", said)
+
+
+def test_a_hub_that_dies_in_the_middle_of_the_weights(runs, online, slept):
+    before = digest(runs)
+    online.faults.append(Fault(f"PUT /_lfs/{before['run_baseline/model.safetensors']}", cut_after=50_000, down=True))
+    with pytest.raises(PublishError, match="the connection to the Hub was lost, or there is none"):
+        push(runs)
+    assert digest(runs) == before and "model.safetensors" not in online.files("me/tones-baseline")
+    there = set((online.folder / "blobs").iterdir())
+    online.log.clear()
+    online.start()
+    push(runs)
+    assert online.files("me/tones").keys() == DENDRITIC and online.files("me/tones-baseline").keys() == PLAIN
+    assert (runs / "run" / "model.safetensors").read_bytes() == online.files("me/tones")["model.safetensors"]
+    sent = {entry.path.split("/")[2] for entry in requests(online, "PUT /_lfs")}
+    assert sent and not sent & {path.name for path in there}  # what had arrived is not sent again
+
+
+def test_a_lost_connection_is_taken_up_by_itself(runs, online, slept):
+    online.faults.append(Fault(f"PUT /_lfs/{digest(runs)['run/model.safetensors']}", cut_after=50_000))
+    push(runs, "--without_baseline")
+    assert online.files("me/tones")["model.safetensors"] == (runs / "run" / "model.safetensors").read_bytes()
+
+
+# Trainings that publish
+
+
+@pytest.fixture
+def fit(tones, tmp_path, monkeypatch):
+    """Trains a recipe on `tones`, as train.py does; gives the run folder."""
+
+    def fit(folder="run", **changes) -> Path:
+        monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+        changes = {"num_train_epochs": 2, "load_best_model_at_end": True, "push_to_hub": True} | changes
+        changes |= {"output_dir": str(tmp_path / folder)}
+        changes.setdefault("hub_model_id", "me/live")
+        train.main(parse_recipe([write_recipe(tmp_path, tones, **changes)]))
+        return tmp_path / folder
+
+    return fit
+
+
+def titles(hub, repo_id: str) -> list[str]:
+    repo = hub.load("model", repo_id)
+    return [repo["commits"][oid]["title"] for oid in reversed(hub.commits(repo_id))]
+
+
+def test_a_training_publishes_itself_at_its_end(fit, online):
+    run = fit(hub_strategy="end")
+    assert titles(online, "me/live") == ["initial commit", "Model, figures and card"]
+    files = online.files("me/live")
+    assert files.keys() == MODEL | REPORTS and "library_name: transformers" in files["README.md"].decode()
+    assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    assert "has been trained" not in files["README.md"].decode()  # the Trainer's own card
+    assert not list(run.glob(".push-*")) and not (run / "training_args.bin").exists()
+
+
+def test_every_save_publishes_a_model_that_loads(fit, online, tmp_path):
+    fit(hub_strategy="every_save", hub_always_push=True, pai=PAI)
+    steps = [re.search(r"step (\d+)", title)[1] for title in titles(online, "me/live") if "in progress" in title]
+    assert steps == ["2", "4"]
+    commits = online.load("model", "me/live")["commits"]
+    oid = next(oid for oid, commit in commits.items() if commit["title"].endswith("step 4"))
+    files = online.files("me/live", revision=oid)
+    assert files.keys() == MODEL | {"dendritic.py"}
+    card = files["README.md"].decode()
+    assert "The training is still running: these are the weights of step 4 of 4" in card and "model-index" not in card
+    for name, content in files.items():
+        (tmp_path / "loaded").mkdir(exist_ok=True)
+        (tmp_path / "loaded" / name).write_bytes(content)
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path / "loaded", trust_remote_code=True)
+    assert model.config.dendrites["classifier.dense"]["count"] == 1
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters" in card
+
+
+class Killed(BaseException):
+    """Stands for a machine that goes away: nothing catches it."""
+
+
+class KillAt(TrainerCallback):
+    """Ends the training after a step and what belongs to it, its pushes included."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            wait(self.trainer.push_in_progress.jobs)
+            raise Killed
+
+
+@pytest.mark.parametrize("pai", [None, PAI | {"max_dendrites": 2}])
+def test_a_training_goes_on_from_the_hubs_last_checkpoint(fit, online, tmp_path, monkeypatch, pai):
+    options = {"num_train_epochs": 4, "pai": pai, "hub_strategy": "checkpoint", "hub_always_push": True}
+    whole = fit("whole", push_to_hub=False, **options)
+    train_as_before = AudioTrainer.train
+
+    def train_and_die(self, *args, **kwargs):
+        callback = KillAt(step=5)
+        callback.trainer = self
+        self.add_callback(callback)
+        return train_as_before(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AudioTrainer, "train", train_and_die)
+        with pytest.raises(Killed):
+            fit("first", **options)
+    shutil.rmtree(tmp_path / "first")
+    files = online.files("me/live")
+    assert online.load("model", "me/live")["private"] and files.keys() >= MODEL
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"} <= {
+        name.split("/")[1] for name in files if name.startswith("last-checkpoint/")
+    }
+    assert not [name for name in files if name.endswith("training_args.bin")]
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+
+    second = fit("second", resume_from_checkpoint="me/live", **options)
+    tensors, expected = (load_file(run / "model.safetensors") for run in (second, whole))
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+    steps = [json.loads((run / "metrics.json").read_text())["best_step"] for run in (second, whole)]
+    assert steps[0] == steps[1]
+    left = online.files("me/live").keys()
+    assert not [name for name in left if "checkpoint" in name or name.endswith((".pt", ".pth"))]  # it has ended
+    with pytest.raises(RecipeError, match="me/live has no last-checkpoint/ on the Hub"):
+        fit("third", resume_from_checkpoint="me/live", **options)
+    with pytest.raises(RecipeError, match="me/nothing is no folder, and not to be had from the Hub"):
+        fit("third", resume_from_checkpoint="me/nothing", **options)
+
+
+def test_a_training_ends_whatever_the_hub_does(fit, online, slept, caplog):
+    expected = load_file(fit("quiet", push_to_hub=False) / "model.safetensors")
+    online.faults.append(Fault(".", 500, "Down for the day.", times=float("inf")))
+    run = fit(hub_strategy="every_save")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(run / "model.safetensors").items())
+    warnings = [record.getMessage() for record in caplog.records if "was not published" in record.getMessage()]
+    assert len(warnings) >= 3 and all("the Hub is out of order (500: Down for the day.)" in line for line in warnings)
+    assert f"its next push tries again; when it has ended, so does: python publish.py {run}" in warnings[0]
+    assert f"sends what is missing: python publish.py {run} --repo_id me/live" in warnings[-1]
+    online.faults.clear()
+    publish.main([str(run), "--repo_id", "me/live"])
+    assert online.files("me/live").keys() == MODEL | REPORTS
+
+
+def test_a_full_disk_costs_a_push_and_no_training(fit, online, caplog, monkeypatch):
+    monkeypatch.setattr("audio_dendrites.trainer.export_dendritic", full_disk)
+    run = fit(hub_strategy="every_save")
+    assert "Step 2 is not pushed, and the training goes on: [Errno 28] No space left on device" in caplog.text
+    assert not list(run.glob(".push-*")) and "Training in progress" not in " ".join(titles(online, "me/live"))
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_token_given_as_an_argument_is_written_nowhere(fit, online, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    fit(hub_token=WRITE_TOKEN, hub_strategy="checkpoint")
+    (tmp_path / "recipe.yaml").unlink()  # the recipe of this test itself
+    assert online.files("me/live").keys() == MODEL | REPORTS
+    holding = [path for path in tmp_path.rglob("*") if path.is_file() and WRITE_TOKEN.encode() in path.read_bytes()]
+    assert holding == []
+
+
+def test_a_baseline_and_its_dendritic_model_end_in_two_repositories(fit, online):
+    fit("runs/quick", baseline=True, pai=PAI, hub_model_id=None)
+    cards = [online.files(repo_id)["README.md"].decode() for repo_id in ("me/quick", "me/quick-baseline")]
+    assert "huggingface.co/me/quick-baseline)" in cards[0] and "huggingface.co/me/quick)" in cards[1]
+    assert all("- added parameters: " in card for card in cards)
