@@ -123,16 +123,14 @@ def main(recipe: Recipe) -> None:
         train(recipe)
         return hub.publish_finished(recipe.training, CARD)
     PAICallback(recipe.dendrites.pai)  # what is wrong with it shows before the baseline is trained
-    baseline = recipe.baseline()
-    train(baseline)
-    hub.publish_finished(baseline.training, CARD)
-    train(recipe)
-    folders = [baseline.training.output_dir, recipe.training.output_dir]
+    pair = [recipe.baseline(), recipe]
+    for one in pair:
+        train(one)
     if recipe.training.process_index == 0:
-        compare.main(folders)
-        for folder in folders:
-            hub.write_card(Path(folder), CARD)
-    for one, other in ((baseline, recipe), (recipe, baseline)):
+        compare.main([one.training.output_dir for one in pair])
+        for one in pair:
+            hub.write_card(Path(one.training.output_dir), CARD)
+    for one, other in zip(pair, reversed(pair), strict=True):
         hub.publish_finished(one.training, CARD, other.training.hub_model_id)
 
 

@@ -447,7 +447,7 @@ def _beside(comparison: Mapping[str, Any] | None) -> str | None:
             ("steps", "steps", lambda steps: " ".join(map(str, steps))),
             ("seconds a step", "seconds_a_step", "{:.4f}".format),
         )
-        if all(side[key] == side[key] for side in sides)  # NaN was not measured
+        if all(side[key] is not None for side in sides)
     ]
     return markdown_table(rows)
 
@@ -714,9 +714,9 @@ def _explained(
     """Turn whatever the client raises into what happened and the command that tries again."""
     try:
         yield
+    except PublishError:
+        raise
     except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and error.__cause__ is None:
-            raise
         options = f" --revision {revision}" * (revision is not None) + " --private" * bool(private)
         command = command or f"python publish.py {shlex.quote(str(run))} --repo_id {repo_id}{options}"
         next_step = (
