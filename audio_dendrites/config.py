@@ -141,11 +141,12 @@ class ModelArguments:
     _argument_group_name = "model"
 
     architecture: Literal["ast", "vit", "cnn14"] | None = field(
-        default=None, metadata={"help": "Family of the network; left out: that of `model`, or ast."}
+        default=None,
+        metadata={"help": "Family of the network; left out: that of `model`, or ast. An ast also starts from a ViT."},
     )
     model: str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder of a pretrained AST, ViT or CNN14; left out: random weights."},
+        metadata={"help": "Hub id or folder of a pretrained AST, DeiT, ViT or CNN14; left out: random weights."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the Hub model."})
     model_config: dict[str, Any] | str | None = field(

@@ -6,7 +6,15 @@ import pytest
 import torch
 from conftest import ROOT, TINY_AST, TINY_CNN14, TINY_VIT, tone, wav
 from datasets import Dataset
-from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, ViTConfig, ViTModel
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    ViTConfig,
+    ViTModel,
+)
 
 import train
 from audio_dendrites.config import parse_recipe
@@ -48,6 +56,7 @@ def pretrained(tmp_path_factory):
     ASTForAudioClassification(ASTConfig(**TINY_AST, max_length=160)).save_pretrained(folder / "ast")
     ASTFeatureExtractor(max_length=160).save_pretrained(folder / "ast")
     ViTModel(ViTConfig(**TINY_VIT)).save_pretrained(folder / "vit")
+    DeiTForImageClassificationWithTeacher(DeiTConfig(**TINY_VIT)).save_pretrained(folder / "deit")
     panns = {
         "convention": "librosa", "sampling_rate": 32000, "window_length": 1024, "hop_length": 320, "num_mel_bins": 64,
         "low_frequency": 50, "high_frequency": 14000, "mean": 0.0, "std": 0.5, "max_length": None,
@@ -57,12 +66,13 @@ def pretrained(tmp_path_factory):
     Waveforms(32000, 0, 0, 320, 64, 0.0, 0.5).stock().save_pretrained(folder / "panns")
     return {
         "MIT/ast-finetuned-audioset-10-10-0.4593": folder / "ast",
+        "facebook/deit-base-distilled-patch16-384": folder / "deit",
         "google/vit-base-patch16-224-in21k": folder / "vit",
         "pretrained/cnn14_panns": folder / "panns",
     }
 
 
-RECIPES = [ROOT / "configs/quickstart.yaml", *sorted((ROOT / "configs").glob("[!a]*/**/*.yaml"))]
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")

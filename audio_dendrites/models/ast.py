@@ -1,11 +1,11 @@
-"""Audio Spectrogram Transformer (Gong et al. 2021, arXiv:2104.01778): its grid of patches and position embeddings."""
+"""Audio Spectrogram Transformer (Gong et al. 2021, arXiv:2104.01778): patches, position embeddings, ImageNet start."""
 
 import logging
 from functools import partial
 
 import torch
 from torch import nn
-from transformers import ASTConfig, ASTForAudioClassification
+from transformers import ASTConfig, ASTForAudioClassification, DeiTConfig, DeiTModel, ViTConfig, ViTModel
 from transformers.initialization import trunc_normal_
 
 from audio_dendrites.config import RecipeError
@@ -13,6 +13,7 @@ from audio_dendrites.config import RecipeError
 logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = 2  # class and distillation token come before the patches
+IMAGE_MODELS = {DeiTConfig.model_type: DeiTModel, ViTConfig.model_type: ViTModel}
 
 
 def draw_embeddings(model: ASTForAudioClassification) -> None:
@@ -20,6 +21,39 @@ def draw_embeddings(model: ASTForAudioClassification) -> None:
     embeddings = model.audio_spectrogram_transformer.embeddings
     for parameter in (embeddings.cls_token, embeddings.distillation_token, embeddings.position_embeddings):
         trunc_normal_(parameter, std=0.02)  # ViT's and the paper's own
+
+
+def weights_of_images(images: DeiTModel | ViTModel, config: ASTConfig) -> dict[str, torch.Tensor]:
+    """What a transformer has learned from images, as the weights of an AST, as the paper's code takes them.
+
+    The patch kernel is summed over the colours. A spectrogram is a grey image, of which it then makes what it made of
+    images; the paper speaks of the average and means the same, and its code (src/models/ast_models.py) sums. Each axis
+    of the position embeddings is cut from the centre where the spectrogram has fewer patches than the image, and
+    interpolated bilinearly where it has more. Class and distillation token are kept. A ViT without distillation token
+    gets its class token a second time: an AST averages the two, and two class tokens do as well as one (Touvron et al.
+    2021, arXiv:2012.12877).
+
+    Args:
+        images: The pretrained model, without a pooling layer, of any width, depth and size of image.
+        config: Of the AST; its bands, frames and strides give the grid of patches.
+
+    Returns:
+        The weights by name, those of an `ASTModel` where `config` has the width, depth and patches of `images`.
+    """
+    patches = images.embeddings.patch_embeddings
+    old_grid = tuple(size // patch for size, patch in zip(patches.image_size, patches.patch_size, strict=True))
+    new_grid = patch_grid(config)
+    weights = images.state_dict()
+    kernel, positions = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
+    weights[kernel] = weights[kernel].sum(dim=1, keepdim=True)
+    if "embeddings.distillation_token" not in weights:
+        weights["embeddings.distillation_token"] = weights["embeddings.cls_token"]
+        weights[positions] = torch.cat([weights[positions][:, :1], weights[positions]], dim=1)
+    weights[positions] = resample_position_embeddings(
+        weights[positions], old_grid, new_grid, cut_time=True, cut_frequency=True
+    )
+    logger.info("Position embeddings: %s patches of an image → %s (frequency, time).", old_grid, new_grid)
+    return weights
 
 
 def resample_embeddings(model: ASTForAudioClassification, pretrained: ASTConfig) -> None:
@@ -41,7 +75,11 @@ def resample_embeddings(model: ASTForAudioClassification, pretrained: ASTConfig)
 
 
 def resample_position_embeddings(
-    embeddings: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], cut_time: bool
+    embeddings: torch.Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    cut_time: bool,
+    cut_frequency: bool = False,
 ) -> torch.Tensor:
     """Fit pretrained position embeddings to another grid of patches, as the AST paper's code does.
 
@@ -51,15 +89,17 @@ def resample_position_embeddings(
         new_grid: Patches wanted.
         cut_time: Whether a shorter time axis is cut from the centre, right where patches keep their spacing, instead
             of being squeezed. All other changes interpolate bilinearly.
+        cut_frequency: The same over frequency.
 
     Returns:
         (1, 2 + new frequency · new time, width), same dtype; the two tokens' rows unchanged.
     """
     tokens, patches = embeddings[:, :SPECIAL_TOKENS], embeddings[:, SPECIAL_TOKENS:]
     grid = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
-    if cut_time and new_grid[1] < old_grid[1]:
-        start = old_grid[1] // 2 - new_grid[1] // 2
-        grid = grid[..., start : start + new_grid[1]]
+    for axis, cut in ((2, cut_frequency), (3, cut_time)):
+        old, new = old_grid[axis - 2], new_grid[axis - 2]
+        if cut and new < old:
+            grid = grid.narrow(axis, old // 2 - new // 2, new)
     if grid.shape[2:] != new_grid:
         grid = nn.functional.interpolate(grid.float(), size=new_grid, mode="bilinear").to(grid.dtype)
     return torch.cat([tokens, grid.flatten(2).transpose(1, 2)], dim=1)

@@ -15,7 +15,14 @@ from transformers import ASTConfig, ASTForAudioClassification, AutoConfig, PreTr
 from audio_dendrites.audio import window_samples
 from audio_dendrites.config import FeatureArguments, ModelArguments, Recipe, RecipeError
 from audio_dendrites.features import BatchedASTFeatureExtractor, Waveforms
-from audio_dendrites.models.ast import add_patchout, draw_embeddings, patch_grid, resample_embeddings
+from audio_dendrites.models.ast import (
+    IMAGE_MODELS,
+    add_patchout,
+    draw_embeddings,
+    patch_grid,
+    resample_embeddings,
+    weights_of_images,
+)
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
@@ -61,6 +68,8 @@ class Family:
         check: Raises a RecipeError where a configuration and a number of frames cannot be.
         begin: Completes random weights.
         adapt: Fits pretrained weights to the model's configuration from the one given, the pretrained one.
+        from_images: Weights of the model's base from a model of images and the configuration wanted, where it starts
+            from such models and they are not its own.
     """
 
     config: type[PreTrainedConfig]
@@ -72,21 +81,23 @@ class Family:
     check: Callable[[Any, int], None] = lambda config, max_length: None
     begin: Callable[[Any], None] = lambda model: None
     adapt: Callable[[Any, Any], None] = lambda model, pretrained: None
+    from_images: Callable[[Any, Any], dict[str, torch.Tensor]] | None = None
 
 
-FAMILIES = {
+FAMILIES = {  # a model that two can start from is the first one's, unless the recipe says which
+    "vit": Family(
+        MelViTConfig, MelViTForAudioClassification, starts_from=(MelViTConfig.model_type, ViTConfig.model_type)
+    ),
     "ast": Family(
         ASTConfig,
         ASTForAudioClassification,
-        starts_from=(ASTConfig.model_type,),
+        starts_from=(ASTConfig.model_type, *IMAGE_MODELS),
         input_fields=("max_length", "num_mel_bins"),
         shape_free=("frequency_stride", "time_stride", "max_length", "num_mel_bins"),
         check=lambda config, max_length: patch_grid(config) and None,
         begin=draw_embeddings,
         adapt=resample_embeddings,
-    ),
-    "vit": Family(
-        MelViTConfig, MelViTForAudioClassification, starts_from=(MelViTConfig.model_type, ViTConfig.model_type)
+        from_images=weights_of_images,
     ),
     "cnn14": Family(
         CNN14Config,
@@ -122,7 +133,7 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Batched
     pretrained = None if model.model is None else _pretrained_config(model)
     if isinstance(pretrained, WaveformConfig):
         return _waveforms_of(model, pretrained, settings)
-    if pretrained is None or pretrained.model_type == ViTConfig.model_type:  # beside which is what prepares pictures
+    if pretrained is None or pretrained.model_type in IMAGE_MODELS:  # beside which is what prepares pictures
         log_mel = BatchedASTFeatureExtractor(**settings)
     else:
         try:
@@ -185,6 +196,8 @@ def load_model(
     if pretrained is None:
         model = family.model(config)
         family.begin(model)
+    elif family.from_images and pretrained.model_type in IMAGE_MODELS:
+        model = _with_weights_of_images(arguments, family, pretrained, config)
     else:
         model = _with_weights(arguments, family, pretrained, config)
     return _set_up(model, arguments, extractor)
@@ -265,7 +278,7 @@ def _family(arguments: ModelArguments, pretrained: PreTrainedConfig | None) -> F
         if pretrained.model_type in family.starts_from and arguments.architecture in (None, name):
             return family
     wanted = [FAMILIES[arguments.architecture]] if arguments.architecture else FAMILIES.values()
-    types = ", ".join(repr(kind) for family in wanted for kind in family.starts_from)
+    types = ", ".join(dict.fromkeys(repr(kind) for family in wanted for kind in family.starts_from))
     raise RecipeError(f"model: {arguments.model} is of type {pretrained.model_type!r}, wanted {types}")
 
 
@@ -283,18 +296,9 @@ def _with_weights(
     name, wanted = arguments.model, {field: getattr(config, field) for field in family.shape_free}
     for field in family.shape_free:
         setattr(config, field, getattr(pretrained, field))
-    try:
-        model, loading = family.model.from_pretrained(
-            name, config=config, revision=arguments.model_revision, dtype=torch.float32,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
-    except OSError as error:
-        raise RecipeError(f"model: the weights of {name!r} could not be loaded: {error}") from error
+    model, loading = _from_pretrained(family.model, arguments, config)
     fresh = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    if lost := sorted(key for key in fresh | set(loading["unexpected_keys"]) if not HEAD.search(key)):
-        raise RecipeError(
-            f"model: {name} and the recipe's model_config differ in {', '.join(lost[:5])} ({len(lost)} tensors)"
-        )
+    _refuse(name, {key for key in fresh | set(loading["unexpected_keys"]) if not HEAD.search(key)})
     if pretrained.id2label != config.id2label:
         logger.info(
             "New head for %d classes; %s was trained on %d others.", config.num_labels, name, pretrained.num_labels
@@ -307,6 +311,41 @@ def _with_weights(
         setattr(model.config, field, value)
     family.adapt(model, pretrained)
     return model
+
+
+def _with_weights_of_images(
+    arguments: ModelArguments, family: Family, pretrained: PreTrainedConfig, config: PreTrainedConfig
+) -> PreTrainedModel:
+    """A model whose base has learned from images, with a new head."""
+    kind = IMAGE_MODELS[pretrained.model_type]
+    images, loading = _from_pretrained(kind, arguments, pretrained, add_pooling_layer=False)
+    weights, model = family.from_images(images, config), family.model(config)
+    found, wanted = (
+        {(key, tensor.shape) for key, tensor in part.items()} for part in (weights, model.base_model.state_dict())
+    )
+    _refuse(arguments.model, {*loading["missing_keys"], *(key for key, _ in found ^ wanted)})
+    model.base_model.load_state_dict(weights)
+    return model
+
+
+def _from_pretrained(
+    model: type[PreTrainedModel], arguments: ModelArguments, config: PreTrainedConfig, **settings: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, float32, and which of its tensors the pretrained one lacks, has beyond it, or has otherwise."""
+    try:
+        return model.from_pretrained(
+            arguments.model, config=config, revision=arguments.model_revision, dtype=torch.float32,
+            ignore_mismatched_sizes=True, output_loading_info=True, **settings,
+        )  # fmt: skip
+    except OSError as error:
+        raise RecipeError(f"model: the weights of {arguments.model!r} could not be loaded: {error}") from error
+
+
+def _refuse(name: str, lost: set[str]) -> None:
+    if lost:
+        raise RecipeError(
+            f"model: {name} and the recipe's model_config differ in {', '.join(sorted(lost)[:5])} ({len(lost)} tensors)"
+        )
 
 
 def _waveforms_of(model: ModelArguments, pretrained: WaveformConfig, settings: dict[str, Any]) -> Waveforms:
