@@ -41,6 +41,8 @@ def fold_recipes(arguments: Sequence[str], folds: Sequence[str] | None, seeds: S
     """
     recipe = parse_recipe(list(arguments))
     data, folder = recipe.data, Path(recipe.training.output_dir)
+    if data.train_folds is None:
+        raise RecipeError("folds: the recipe divides the data set otherwise, wanted a fold_column with folds")
     present = sorted({*data.train_folds, *data.validation_folds, *data.test_folds}, key=lambda fold: (len(fold), fold))
     if len(present) < 3:
         raise RecipeError(f"folds: the recipe names {', '.join(present)}, wanted three or more: train, choose, test")

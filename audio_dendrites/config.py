@@ -27,6 +27,9 @@ class RecipeError(ValueError):
     """Something the user wrote or named is wrong; the message says what was found and what is wanted."""
 
 
+SPLITS = ("train", "validation", "test")
+
+
 @dataclass
 class DataArguments:
     """Which clips, and how they are divided."""
@@ -35,17 +38,29 @@ class DataArguments:
 
     dataset: str = field(
         default="synthetic",
-        metadata={"help": "Hub id, folder, Parquet file, or 'synthetic' (generated, embedded)."},
+        metadata={
+            "help": "Hub id, Parquet or CSV file, folder of Parquet files or of class folders, or 'synthetic' "
+            "(generated, embedded)."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration (subset) of the Hub data set, where it has several."}
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Commit, tag or branch of the Hub data set; ignored for local data."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split that holds all folds."})
-    audio_column: str = field(default="audio", metadata={"help": "Column with the audio (bytes or path)."})
-    label_column: str = field(default="label", metadata={"help": "Column with class names or ids."})
-    fold_column: str = field(default="fold", metadata={"help": "Column with the official fold."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Split that holds all clips to be divided; left out: train."}
+    )
+    audio_column: str = field(
+        default="audio", metadata={"help": "Column with the audio (bytes), or with paths relative to the file."}
+    )
+    label_column: str = field(
+        default="label", metadata={"help": "Column with class names or ids; with lists of them, clips are multi-label."}
+    )
     clip_column: str | None = field(
-        default=None, metadata={"help": "Column that names a clip; left out: its row number."}
+        default=None,
+        metadata={"help": "Column that names a clip; left out: its path where there is one, or row number."},
     )
     group_column: str | None = field(
         default=None,
@@ -54,13 +69,29 @@ class DataArguments:
     labels: list[str] | None = field(
         default=None, metadata={"help": "Class names in the model's order; default: all found, sorted."}
     )
-    train_folds: list[str] = field(
-        default_factory=lambda: [str(fold) for fold in range(1, 9)], metadata={"help": "Folds to train on."}
+    fold_column: str | None = field(default=None, metadata={"help": "Column with the official fold; left out: fold."})
+    train_folds: list[str] | None = field(default=None, metadata={"help": "Folds to train on; left out: 1 to 8."})
+    validation_folds: list[str] | None = field(
+        default=None, metadata={"help": "Folds that choose the checkpoint; left out: 9."}
     )
-    validation_folds: list[str] = field(
-        default_factory=lambda: ["9"], metadata={"help": "Folds that choose the checkpoint."}
+    test_folds: list[str] | None = field(
+        default=None, metadata={"help": "Folds scored once, at the end; left out: 10."}
     )
-    test_folds: list[str] = field(default_factory=lambda: ["10"], metadata={"help": "Folds scored once, at the end."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "In place of folds: the data set's own split to train on."}
+    )
+    validation_split: str | None = field(default=None, metadata={"help": "Its split that chooses the checkpoint."})
+    test_split: str | None = field(default=None, metadata={"help": "Its split scored once, at the end."})
+    split_shares: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "In place of folds: shares of train, validation and test, as 0.8 0.1 0.1; whole source recordings "
+            "are drawn, stratified by class."
+        },
+    )
+    split_seed: int | None = field(
+        default=None, metadata={"help": "With split_shares: its seed, apart from that of the training; left out: 0."}
+    )
     drop_leaks: bool = field(
         default=False,
         metadata={"help": "Drop training clips whose source recording also stands in validation or test."},
@@ -71,6 +102,55 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that compute features; default: one a core."}
     )
+
+    def __post_init__(self):
+        ways = {
+            way: [name for name in names if getattr(self, name) is not None]
+            for way, names in (
+                ("folds", ("fold_column", *(f"{split}_folds" for split in SPLITS))),
+                ("splits of its own", tuple(f"{split}_split" for split in SPLITS)),
+                ("drawn shares", ("split_shares", "split_seed")),
+            )
+        }
+        if len(found := {way: names for way, names in ways.items() if names}) > 1:
+            told = "; ".join(f"{', '.join(names)} ({way})" for way, names in found.items())
+            raise RecipeError(f"found {told}: wanted one way to divide the data set")
+        if ways["splits of its own"]:
+            self._check_own_splits()
+        elif ways["drawn shares"]:
+            self._check_shares()
+            self.split_seed = self.split_seed or 0
+        else:
+            self.fold_column = self.fold_column or "fold"
+            self.train_folds = self.train_folds or [str(fold) for fold in range(1, 9)]
+            self.validation_folds = self.validation_folds or ["9"]
+            self.test_folds = self.test_folds or ["10"]
+        if not self.train_split:
+            self.dataset_split = self.dataset_split or "train"
+
+    def _check_own_splits(self) -> None:
+        for split in SPLITS:
+            if getattr(self, f"{split}_split") is None:
+                raise RecipeError(f"{split}_split: found none, wanted the name of a split, as for the other two")
+        if self.dataset_split is not None:
+            raise RecipeError(f"dataset_split: found {self.dataset_split} beside train_split, wanted one of them")
+
+    def _check_shares(self) -> None:
+        shares = self.split_shares or []
+        if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise RecipeError(
+                f"split_shares: found {' '.join(map(str, shares)) or 'none'}, wanted three numbers above 0 that sum "
+                "to 1: the shares of train, validation and test"
+            )
+
+    @property
+    def folds(self) -> dict[str, list[str]]:
+        """What the clips of `train`, `validation` and `test` have in the index's column `fold`."""
+        if self.train_split:
+            return {split: [getattr(self, f"{split}_split")] for split in SPLITS}
+        if self.split_shares:
+            return {split: [split] for split in SPLITS}
+        return {split: getattr(self, f"{split}_folds") for split in SPLITS}
 
 
 @dataclass

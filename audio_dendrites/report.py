@@ -166,7 +166,7 @@ def write_run(
         card_template: Jinja template of the model card.
     """
     metrics = run_metrics(recipe, trainer, labels, predictions, skipped)
-    title = f"{recipe.data.dataset}, test fold {' '.join(recipe.data.test_folds)}"
+    title = f"{recipe.data.dataset}, test fold {' '.join(recipe.data.folds['test'])}"
     plot_confusion(predictions["test"], labels, title, folder / "confusion_matrix.png")
     plot_learning_curves(trainer.state.log_history, trainer.args.metric_for_best_model, folder / "learning_curves.png")
     with written_whole(folder / "predictions.parquet") as path:
@@ -222,7 +222,6 @@ def run_metrics(
     recipe: Recipe, trainer: Trainer, labels: Sequence[str], predictions: dict[str, DataFrame], skipped: Sequence[str]
 ) -> dict[str, Any]:
     """What metrics.json holds: scores of both splits, size and length of the training, and where it ran."""
-    folds = {"validation": recipe.data.validation_folds, "test": recipe.data.test_folds}
     state = trainer.state
     parameters = list(trainer.model.parameters())
     timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
@@ -232,7 +231,7 @@ def run_metrics(
         "base_model": recipe.model.model,
         "labels": list(labels),
         "sampling_rate": trainer.processing_class.sampling_rate,
-        **{split: score(table, labels) | {"folds": folds[split]} for split, table in predictions.items()},
+        **{split: score(table, labels) | {"folds": recipe.data.folds[split]} for split, table in predictions.items()},
         "chosen_by": recipe.training.metric_for_best_model,
         "best_step": state.best_global_step,
         "steps": state.global_step,

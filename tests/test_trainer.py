@@ -288,6 +288,15 @@ def test_a_checkpoint_of_another_class_count_is_an_error(recipe, tmp_path):
         )
 
 
+def test_the_same_clips_in_another_order_give_the_same_model(recipe, tones, tmp_path):
+    run(recipe(num_train_epochs=1))
+    rows = load_dataset("parquet", data_files=str(tones), split="train").to_list()
+    Dataset.from_list([rows[i] for i in np.random.default_rng(0).permutation(len(rows))]).to_parquet(tones)
+    run(recipe(num_train_epochs=1), "--output_dir", str(tmp_path / "shuffled"))
+    first, second = (tmp_path / name / "model.safetensors" for name in ("run", "shuffled"))
+    assert_same_tensors(load_file(first), load_file(second))
+
+
 def test_two_processes_train_as_one_with_twice_the_batch(recipe, tmp_path):
     # SGD, because Adam turns a rounding error in a gradient near zero into a step of the learning rate's size.
     path = recipe(num_train_epochs=2, mixup_alpha=0.0, optim="sgd", learning_rate=0.1)
