@@ -4,9 +4,10 @@
     trainer = Trainer(..., train_dataset=AugmentedClips(train), data_collator=collator, callbacks=[SetEpoch()])
 
 Examples are dictionaries with `input_values`, a log-mel spectrogram of shape (frames, mel bands) and any length,
-normalised to mean 0, and `labels`, a class number. `AugmentedClips` gives each training example a `draw`, and the
-collator augments just those that have one: evaluation needs no second collator and never gets augmented.
-Set `remove_unused_columns=False`, or the Trainer takes the `draw` away. Needs NumPy, SciPy, torch, transformers.
+normalised to mean 0, and `labels`, a class number or, for clips of several classes, 0 or 1 for each class.
+`AugmentedClips` gives each training example a `draw`, and the collator augments just those that have one: evaluation
+needs no second collator and never gets augmented. Set `remove_unused_columns=False`, or the Trainer takes the `draw`
+away. Needs NumPy, SciPy, torch, transformers.
 `WaveformCollator` is the same for models that compute their spectrogram themselves.
 """
 
@@ -116,17 +117,18 @@ class SpectrogramCollator:
         """One batch.
 
         Args:
-            examples: Each with `input_values` (frames, mel bands), and optionally `labels` (int) and `draw`.
+            examples: Each with `input_values` (frames, mel bands), and optionally `labels` (int, or (num_labels,) for
+                clips of several classes) and `draw`.
 
         Returns:
             `input_values` (batch, max_length, mel bands) float32 and, if the examples have them, `labels`: (batch,)
-            int64, or (batch, num_labels) float32 that sum to 1 where mixup is on.
+            int64, or (batch, num_labels) float32 where they are vectors or mixup is on.
         """
         clips = [torch.as_tensor(example["input_values"]) for example in examples]
         draws = self._draw(examples) if "draw" in examples[0] else None
         batch = {"input_values": self._fit(clips, draws)}
         if "labels" in examples[0]:
-            batch["labels"] = torch.tensor([int(example["labels"]) for example in examples])
+            batch["labels"] = _labels(examples)
         if draws is not None:
             if self.mixup_alpha:
                 batch = self._mixup(batch, draws)
@@ -177,7 +179,8 @@ class SpectrogramCollator:
         """Each chosen clip with its neighbour in the batch, whose order the sampler has shuffled."""
         weight = torch.from_numpy(betaincinv(self.mixup_alpha, self.mixup_alpha, draws[:, MIX_WEIGHT].numpy()))
         weight = torch.where(draws[:, MIX] < self.mixup_probability, weight, 1.0).float()
-        labels = nn.functional.one_hot(batch["labels"], self.num_labels).float()
+        labels = batch["labels"]
+        labels = nn.functional.one_hot(labels, self.num_labels).float() if labels.dim() == 1 else labels
         values = batch["input_values"]
         return {
             "input_values": _blend(values, weight.view(-1, *[1] * (values.dim() - 1))),
@@ -229,7 +232,7 @@ class WaveformCollator(SpectrogramCollator):
         """One batch.
 
         Args:
-            examples: Each with `input_values` (samples,), and optionally `labels` (int) and `draw`.
+            examples: Each with `input_values` (samples,), and optionally `labels` and `draw` as SpectrogramCollator's.
 
         Returns:
             `input_values` (batch, samples) float32, 0 where padded, and `attention_mask`, int64, 0 there and 1
@@ -243,7 +246,7 @@ class WaveformCollator(SpectrogramCollator):
         values.masked_fill_(~inside, 0.0)
         batch = {"input_values": values}
         if "labels" in examples[0]:
-            batch["labels"] = torch.tensor([int(example["labels"]) for example in examples])
+            batch["labels"] = _labels(examples)
         if draws is None:
             return batch | {"attention_mask": inside.long()}
         if self.gain:
@@ -261,6 +264,11 @@ class WaveformCollator(SpectrogramCollator):
             frames, bands = self._masks(draws, self.max_length, self.num_mel_bins)
             batch |= {"masked_frames": frames, "masked_bands": bands}
         return batch | {"attention_mask": inside.long()}
+
+
+def _labels(examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    labels = torch.from_numpy(np.array([example["labels"] for example in examples]))
+    return labels.long() if labels.dim() == 1 else labels.float()
 
 
 def _below(uniform: torch.Tensor, bound: torch.Tensor | int) -> torch.Tensor:

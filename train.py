@@ -16,7 +16,14 @@ from transformers import EarlyStoppingCallback, set_seed
 import compare
 from audio_dendrites import report
 from audio_dendrites.config import Recipe, RecipeError, parse_recipe, write_yaml
-from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
+from audio_dendrites.data import (
+    class_names,
+    drop_bad_clips,
+    encode_labels,
+    is_multi_label,
+    load_clips,
+    split_by_fold,
+)
 from audio_dendrites.export import export_dendritic
 from audio_dendrites.features import ClipFeatures, ExactFeatures, extract_features
 from audio_dendrites.metrics import compute_metrics
@@ -26,6 +33,7 @@ from audio_dendrites.trainer import (
     check_run_folder,
     find_checkpoint,
     prepare_process,
+    resolve_loss,
     writing_to,
 )
 from data_collator import AugmentedClips, SetEpoch, SpectrogramCollator, WaveformCollator
@@ -51,8 +59,11 @@ def train(recipe: Recipe) -> None:
         clips, index = load_clips(recipe.data)
     splits = split_by_fold(index, recipe.data)
     labels = class_names(index, splits, recipe.data)
+    loss = resolve_loss(args, is_multi_label(index["label"]))
 
     model = load_model(labels, recipe.model, extractor)
+    if loss == "bce":
+        model.config.problem_type = "multi_label_classification"  # so that `pipeline` takes the sigmoid
     check_run_folder(recipe, model)
     if report.is_finished(folder) and args.resume_from_checkpoint is None:
         return report.print_summary(folder)
@@ -67,7 +78,7 @@ def train(recipe: Recipe) -> None:
             num_proc=recipe.data.preprocessing_num_workers or cpu_count(),
         )
     splits, skipped = drop_bad_clips(splits, features["error"], recipe.data.on_bad_clip)
-    targets = {split: index["label"].iloc[rows].map(labels.index) for split, rows in splits.items()}
+    targets = {split: encode_labels(index["label"].iloc[rows], labels) for split, rows in splits.items()}
     examples = {
         split: ClipFeatures(features.select(rows), targets[split], extractor.row_width)
         for split, rows in splits.items()
@@ -87,6 +98,7 @@ def train(recipe: Recipe) -> None:
         processing_class=extractor.stock(),
         compute_metrics=compute_metrics,
         callbacks=callbacks,
+        loss=loss,
         learning_rates=learning_rates(
             model, args.learning_rate, recipe.model.head_learning_rate, recipe.model.layer_decay
         ),
@@ -103,7 +115,8 @@ def train(recipe: Recipe) -> None:
     if trainer.is_world_process_zero():
         with writing_to(folder):
             export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)
-            report.check_pipeline(folder, clips.select(splits["test"]), recipe.data.audio_column, predictions["test"])
+            heard = clips.select(splits["test"])
+            report.check_pipeline(folder, heard, recipe.data.audio_column, predictions["test"], loss)
             report.write_run(folder, recipe, trainer, labels, predictions, skipped, CARD)
         report.print_summary(folder)
 

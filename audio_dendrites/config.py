@@ -289,6 +289,13 @@ class RunArguments(TrainingArguments):
         metadata={"help": "auto: bf16 where the hardware computes in it, else fp16 on CUDA, else fp32. "
                   "The flags bf16 and fp16 overrule it."},
     )  # fmt: skip
+    loss: Literal["auto", "cross_entropy", "bce"] = field(
+        default="auto",
+        metadata={
+            "help": "bce: binary cross-entropy, each class against the rest; auto: cross_entropy, or bce for clips of "
+            "several classes."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better one; left out: never."},

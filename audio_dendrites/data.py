@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from math import lcm
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -29,6 +30,7 @@ from datasets import (
     ClassLabel,
     Dataset,
     Features,
+    List,
     Value,
     concatenate_datasets,
     load_dataset,
@@ -42,6 +44,7 @@ from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from huggingface_hub.utils import filter_repo_objects, httpx
 from pandas import DataFrame, Series, crosstab
 from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from audio_dendrites.audio import BadClip, load_waveform
 from audio_dendrites.config import SPLITS, DataArguments, ModelArguments, Recipe, RecipeError, parse_recipe
@@ -63,8 +66,8 @@ def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
 
     Returns:
         The sound, not decoded, in `audio_column` (and the names in `clip_column`, if there is one); and an index, row
-        by row the same clips, with the text columns `clip`, `fold`, `label` (class name) and `group` (source
-        recording, or the clip itself where no column names one).
+        by row the same clips, with the text columns `clip`, `fold`, `label` (class name, or a list of them where the
+        data set has lists) and `group` (source recording, or the clip itself where no column names one).
 
     Raises:
         RecipeError: The data set is unknown or unreachable, or lacks a column.
@@ -130,7 +133,7 @@ def class_names(index: DataFrame, splits: dict[str, np.ndarray], arguments: Data
     Raises:
         RecipeError: A clip has a label that is not listed or, in validation and test, that training has none of.
     """
-    found = {split: set(index["label"].iloc[rows]) for split, rows in splits.items()}
+    found = {split: set(index["label"].iloc[rows].explode().dropna()) for split, rows in splits.items()}
     labels = arguments.labels or sorted(found["train"])
     for split, names in found.items():
         if strangers := sorted(names - set(labels)):
@@ -141,6 +144,26 @@ def class_names(index: DataFrame, splits: dict[str, np.ndarray], arguments: Data
     if len(labels) < 2:
         raise RecipeError(f"labels: found only {', '.join(labels)}, wanted two classes or more")
     return labels
+
+
+def is_multi_label(names: Series) -> bool:
+    """Whether clips have lists of class names."""
+    return not isinstance(names.iloc[0], str)
+
+
+def encode_labels(names: Series, labels: Sequence[str]) -> np.ndarray:
+    """What a model is trained on.
+
+    Args:
+        names: The class name of each clip, or a list of them.
+        labels: All of them in the order of the logits.
+
+    Returns:
+        Class numbers (clips,), int64, or for lists (clips, classes), float32, 1 for each of a clip's classes.
+    """
+    if not is_multi_label(names):
+        return names.map(list(labels).index).to_numpy()
+    return MultiLabelBinarizer(classes=list(labels)).fit_transform(names).astype(np.float32)
 
 
 def drop_bad_clips(
@@ -250,7 +273,8 @@ def stats(recipe: Recipe) -> None:
     clips, index = load_clips(arguments)
     splits = split_by_fold(index, arguments)
     print(f"{len(clips):,} clips of {arguments.dataset}\n")
-    counts = crosstab(index["label"], index["fold"], margins=True, margins_name="all")
+    labelled = index.explode("label")
+    counts = crosstab(labelled["label"], labelled["fold"], margins=True, margins_name="all")
     folds = sorted(set(index["fold"]), key=lambda fold: (len(fold), fold))
     print(counts.reindex(columns=[*folds, "all"]).to_string())
 
@@ -401,7 +425,8 @@ def _as_audio(table: pa.Table, column: str, folder: str) -> pa.Table:
 def _drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
     """The name of each clip's split, drawn by source recording and stratified by class.
 
-    The shares are multiples of 1 / k, and so many of the k folds of scikit-learn's `StratifiedGroupKFold`.
+    The shares are multiples of 1 / k, and so many of the k folds of scikit-learn's `StratifiedGroupKFold`. A clip of
+    several classes counts for the rarest of them.
     """
     shares = [Fraction(share).limit_denominator(20) for share in arguments.split_shares]
     parts = lcm(*(share.denominator for share in shares))
@@ -414,12 +439,16 @@ def _drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
             f"split_shares: found {groups} source recordings, wanted at least {parts} for {arguments.split_shares}"
         )
     rows = index.sort_values("clip", kind="stable").index.to_numpy()  # any order of the rows gives the same
+    labels = index["label"]
+    if is_multi_label(labels):
+        counts = labels.explode().value_counts()
+        labels = labels.map(lambda names: min(names, key=lambda name: (counts[name], name), default=""))
     splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=arguments.split_seed)
     bounds = np.cumsum([int(share * parts) for share in shares])
     splits = np.empty(len(index), dtype=object)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class in y has only")
-        for fold, (_, held_out) in enumerate(splitter.split(rows, index["label"][rows], index["group"][rows])):
+        for fold, (_, held_out) in enumerate(splitter.split(rows, labels[rows], index["group"][rows])):
             splits[rows[held_out]] = SPLITS[np.searchsorted(bounds, fold, side="right")]
     if empty := [split for split in SPLITS if split not in splits]:
         raise RecipeError(f"split_shares: {empty[0]} got no clip of {groups} source recordings; try another split_seed")
@@ -467,8 +496,8 @@ def _hub_errors(field: str, name: str, revision: str | None, way_out: str) -> It
         raise RecipeError(f"{field}: the Hub {state}, and {way_out}") from error
 
 
-def _labels(clips: Dataset, arguments: DataArguments) -> list[str]:
-    """The class name of each clip."""
+def _labels(clips: Dataset, arguments: DataArguments) -> list[str] | list[list[str]]:
+    """The class name of each clip, or a list of them."""
     column = arguments.label_column
     values = clips.with_format("arrow")[:][column].to_pylist()
     if missing := [row for row, value in enumerate(values) if value is None or value != value]:
@@ -476,13 +505,17 @@ def _labels(clips: Dataset, arguments: DataArguments) -> list[str]:
     return _texts(clips, column)
 
 
-def _texts(clips: Dataset, column: str) -> list[str]:
-    """A column as text; class numbers by their names where the data set has them."""
+def _texts(clips: Dataset, column: str) -> list[Any]:
+    """A column as text, lists as lists of it; class numbers by their names where the data set has them."""
     feature = clips.features[column]
     values = clips.with_format("arrow")[:][column].to_pylist()
-    if isinstance(feature, ClassLabel):
-        return [feature.names[value] for value in values]
-    return [str(value) for value in values]
+    if isinstance(feature, List):
+        return [[_text(feature.feature, value) for value in row] for row in values]
+    return [_text(feature, value) for value in values]
+
+
+def _text(feature: Any, value: Any) -> str:
+    return feature.names[value] if isinstance(feature, ClassLabel) else str(value)
 
 
 def _check_leaks(groups: Series, splits: dict[str, np.ndarray], arguments: DataArguments) -> np.ndarray:

@@ -353,7 +353,7 @@ class ClipFeatures(Dataset):
 
     Args:
         features: Rows with `input_values`.
-        labels: The class number of each row.
+        labels: Of each row the class number, or 0 or 1 for each class.
         num_mel_bins: Width of a frame; none for waveforms.
     """
 
@@ -366,7 +366,7 @@ class ClipFeatures(Dataset):
         return len(self._values)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One example: `input_values`, float16 (frames, num_mel_bins) or (samples,), and `labels`, the class number."""
+        """One example: `input_values`, float16 (frames, num_mel_bins) or (samples,), and `labels`."""
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -376,7 +376,7 @@ class ClipFeatures(Dataset):
             {
                 # A copy, because the cache file in memory is read-only.
                 "input_values": torch.from_numpy(clip.values.to_numpy().reshape(self._shape).copy()),
-                "labels": int(self._labels[row]),
+                "labels": self._labels[row],
             }
             for row, clip in zip(rows, clips, strict=True)
         ]
@@ -387,7 +387,7 @@ class ExactFeatures(Dataset):
 
     Args:
         clips: Rows with an audio column (bytes or paths).
-        labels: The class number of each row.
+        labels: Of each row the class number, or 0 or 1 for each class.
         extractor: Whose `features` to compute.
         audio_column: The column with the sound.
     """
@@ -408,6 +408,6 @@ class ExactFeatures(Dataset):
         return len(self._sound)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One example: `input_values`, float32 (frames, num_mel_bins) or (samples,), and `labels`, the class number."""
+        """One example: `input_values`, float32 (frames, num_mel_bins) or (samples,), and `labels`."""
         waveform = load_waveform(self._sound[row][self._audio_column], self._extractor.sampling_rate)
-        return {"input_values": self._extractor.features([waveform])[0], "labels": int(self._labels[row])}
+        return {"input_values": self._extractor.features([waveform])[0], "labels": self._labels[row]}

@@ -20,14 +20,15 @@ from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from pandas import DataFrame
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from sklearn.metrics import ConfusionMatrixDisplay, f1_score
 from transformers import Trainer, pipeline
 from transformers.trainer_utils import PredictionOutput
 
 from audio_dendrites.audio import load_waveform
 from audio_dendrites.config import Recipe, written_whole
-from audio_dendrites.metrics import EVALUATION, PerClassAccuracy
+from audio_dendrites.data import encode_labels, is_multi_label
+from audio_dendrites.metrics import PerClassAccuracy, average_precisions, evaluate_scores
 
 matplotlib.use("agg")
 
@@ -37,24 +38,37 @@ PACKAGES = ("torch", "torchaudio", "transformers", "datasets", "accelerate", "ev
 def score(predictions: DataFrame, labels: Sequence[str]) -> dict[str, Any]:
     """Accuracy, macro F1, mAP, and accuracy, F1 and clips of each class.
 
+    For multi-label clips: mAP, and average precision and positives of each class that has any.
+
     Args:
         predictions: As `predictions_table` makes it.
         labels: Class names in the order of the logits.
     """
     logits = np.stack(predictions["logits"])
-    references = predictions["label"].map(list(labels).index).to_numpy()
+    references = encode_labels(predictions["label"], labels)
+    scores = evaluate_scores(logits, references) | {"clips": len(predictions)}
+    if references.ndim == 2:
+        per_class = {
+            label: {"average_precision": float(precision), "positives": int(positives)}
+            for label, precision, positives in zip(
+                labels, average_precisions(logits, references), references.sum(0), strict=True
+            )
+            if positives
+        }
+        return scores | {"per_class": per_class}
     recalls = PerClassAccuracy().compute(predictions=logits, references=references)["per_class_accuracy"]
     f1 = f1_score(references, logits.argmax(1), labels=range(len(labels)), average=None, zero_division=0)
     counts = np.bincount(references, minlength=len(labels))
     per_class = {
         labels[i]: {"accuracy": recalls[i], "f1": float(f1[i]), "clips": int(counts[i])} for i in sorted(recalls)
     }
-    scores = EVALUATION.compute(predictions=logits, references=references)
-    return scores | {"clips": len(predictions), "per_class": per_class}
+    return scores | {"per_class": per_class}
 
 
 def predictions_table(index: DataFrame, output: PredictionOutput, labels: Sequence[str]) -> DataFrame:
     """One row a clip: `clip`, `fold`, `group`, `label`, `predicted` (class names) and `logits`, a list of float32.
+
+    For multi-label clips `label` is a list, and `predicted` lists the classes whose sigmoid is above 0.5.
 
     Args:
         index: Rows with `clip`, `fold`, `group` (source recording) and `label`, in the order of the predictions.
@@ -63,7 +77,11 @@ def predictions_table(index: DataFrame, output: PredictionOutput, labels: Sequen
     """
     logits = output.predictions.astype(np.float32)
     table = index[["clip", "fold", "group", "label"]].reset_index(drop=True)
-    return table.assign(predicted=[labels[i] for i in logits.argmax(1)], logits=list(logits))
+    if is_multi_label(table["label"]):
+        predicted = [[labels[i] for i in np.flatnonzero(row > 0)] for row in logits]
+    else:
+        predicted = [labels[i] for i in logits.argmax(1)]
+    return table.assign(predicted=predicted, logits=list(logits))
 
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
@@ -82,19 +100,56 @@ def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
+def score_names(metrics: dict[str, Any]) -> list[str]:
+    """Those of accuracy, macro_f1 and mAP that a run has: mAP alone where clips are multi-label."""
+    return [name for name in ("accuracy", "macro_f1", "mAP") if name in metrics["test"]]
+
+
 def summary(metrics: dict[str, Any]) -> str:
     """The scores of a run and those of each class, as two Markdown tables."""
-    names = ("accuracy", "macro_f1", "mAP")
+    names = score_names(metrics)
     rows = [["split", "folds", "clips", *names]]
     for split in ("validation", "test"):
         scores = metrics[split]
         rows.append([split, " ".join(scores["folds"]), scores["clips"], *(scores[name] for name in names)])
-    classes = [["class", "clips", "accuracy", "f1"]]
+    columns = ("clips", "accuracy", "f1") if "accuracy" in names else ("positives", "average_precision")
+    classes = [["class", *columns]]
     classes += [
-        [label, scores["clips"], scores["accuracy"], scores["f1"]]
-        for label, scores in metrics["test"]["per_class"].items()
+        [label, *(scores[column] for column in columns)] for label, scores in metrics["test"]["per_class"].items()
     ]
     return f"{markdown_table(rows)}\n\n{markdown_table(classes)}"
+
+
+def plot_classes(predictions: DataFrame, labels: Sequence[str], title: str, folder: Path, suffix: str = "") -> Path:
+    """The picture of a test: a confusion matrix or, for multi-label clips, the average precision of each class.
+
+    Args:
+        predictions: As `predictions_table` makes it.
+        labels: Class names in the order of the logits.
+        title: Over the picture.
+        folder: Where to.
+        suffix: Of the file's name.
+
+    Returns:
+        confusion_matrix<suffix>.png or average_precision<suffix>.png there.
+    """
+    multi_label = is_multi_label(predictions["label"])
+    path = folder / f"{'average_precision' if multi_label else 'confusion_matrix'}{suffix}.png"
+    (plot_average_precision if multi_label else plot_confusion)(predictions, labels, title, path)
+    return path
+
+
+def plot_average_precision(predictions: DataFrame, labels: Sequence[str], title: str, path: Path) -> None:
+    """A bar for each class that has clips, the best on top."""
+    per_class = score(predictions, labels)["per_class"]
+    ranked = sorted(per_class, key=lambda label: per_class[label]["average_precision"])
+    figure = Figure(figsize=(8, 1.5 + 0.22 * len(ranked)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(ranked, [per_class[label]["average_precision"] for label in ranked])
+    axes.set(title=title, xlabel="average precision", xlim=(0, 1))
+    axes.margins(y=0.01)
+    axes.grid(axis="x", alpha=0.3)
+    _save_figure(figure, path)
 
 
 def plot_confusion(predictions: DataFrame, labels: Sequence[str], title: str, path: Path) -> None:
@@ -167,7 +222,7 @@ def write_run(
     """
     metrics = run_metrics(recipe, trainer, labels, predictions, skipped)
     title = f"{recipe.data.dataset}, test fold {' '.join(recipe.data.folds['test'])}"
-    plot_confusion(predictions["test"], labels, title, folder / "confusion_matrix.png")
+    plot_classes(predictions["test"], labels, title, folder)
     plot_learning_curves(trainer.state.log_history, trainer.args.metric_for_best_model, folder / "learning_curves.png")
     with written_whole(folder / "predictions.parquet") as path:
         predictions["test"].to_parquet(path, index=False)
@@ -177,7 +232,9 @@ def write_run(
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def check_pipeline(folder: Path, clips: Dataset, audio_column: str, predictions: DataFrame) -> None:
+def check_pipeline(
+    folder: Path, clips: Dataset, audio_column: str, predictions: DataFrame, loss: str = "cross_entropy"
+) -> None:
     """Load the folder as its users will, and see that it says of some clips what the trained model said.
 
     Args:
@@ -185,6 +242,7 @@ def check_pipeline(folder: Path, clips: Dataset, audio_column: str, predictions:
         clips: Rows with the sound, not decoded, of `predictions`' clips; eight or so of them are heard.
         audio_column: Where it is.
         predictions: As `predictions_table` makes it.
+        loss: What the model was trained with: of bce the scores are the sigmoid, else the softmax.
 
     Raises:
         RuntimeError: The scores differ by more than 1e-3.
@@ -196,12 +254,13 @@ def check_pipeline(folder: Path, clips: Dataset, audio_column: str, predictions:
     waveforms = [load_waveform(audio, rate) for audio in clips.with_format("arrow")[rows][audio_column].to_pylist()]
     found = [{one["label"]: one["score"] for one in scores} for scores in classify(waveforms, top_k=len(names))]
     scores = np.array([[clip[name] for name in names] for clip in found])
-    difference = np.abs(scores - softmax(np.stack(expected["logits"]), axis=1)).max()
+    logits = np.stack(expected["logits"])
+    difference = np.abs(scores - (expit(logits) if loss == "bce" else softmax(logits, axis=1))).max()
     if not difference < 1e-3:
         raise RuntimeError(f"{folder}: pipeline's scores are {difference:.2g} from those of the trained model")
     rows = [["clip", "class", "pipeline says", "score"]]
     rows += [
-        [clip, label, max(scores, key=scores.get), max(scores.values())]
+        [clip, label if isinstance(label, str) else ", ".join(label), max(scores, key=scores.get), max(scores.values())]
         for clip, label, scores in zip(expected["clip"], expected["label"], found, strict=True)
     ]
     print(f"\nLoaded by pipeline, scores within {difference:.1g}:\n{markdown_table(rows)}", flush=True)

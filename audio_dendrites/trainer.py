@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from audio_dendrites.config import Recipe, RecipeError
+from audio_dendrites.config import Recipe, RecipeError, RunArguments
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +46,18 @@ class AudioTrainer(Trainer):
 
     Args:
         learning_rates: Learning rate of each parameter by name; none gives all `args.learning_rate`.
+        loss: cross_entropy or bce, as in `classification_loss`.
     """
 
-    def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
+    def __init__(self, *args, learning_rates: dict[str, float] | None = None, loss: str = "cross_entropy", **kwargs):
         super().__init__(*args, **kwargs)
         self.learning_rates = learning_rates
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):  # its default folder is named after the host
                 callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
-        self.compute_loss_func = partial(classification_loss, label_smoothing=self.args.label_smoothing_factor)
+        self.compute_loss_func = partial(
+            classification_loss, label_smoothing=self.args.label_smoothing_factor, loss=loss
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.learning_rates is None or self.optimizer is not None:
@@ -98,24 +101,60 @@ class AudioTrainer(Trainer):
             )
 
 
+def resolve_loss(args: RunArguments, multi_label: bool) -> str:
+    """The loss that `auto` stands for.
+
+    Args:
+        args: With `loss`.
+        multi_label: Whether clips have lists of labels.
+
+    Returns:
+        cross_entropy or bce.
+
+    Raises:
+        RecipeError: The loss cannot be had for such labels or with label smoothing, or the metric that chooses the
+            checkpoint cannot.
+    """
+    loss = args.loss if args.loss != "auto" else "bce" if multi_label else "cross_entropy"
+    if multi_label and loss == "cross_entropy":
+        raise RecipeError("loss: found cross_entropy, but the clips have lists of labels: wanted bce or auto")
+    if loss == "bce" and args.label_smoothing_factor:
+        raise RecipeError(f"label_smoothing_factor: found {args.label_smoothing_factor}, wanted none with the loss bce")
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
+    if multi_label and metric in ("accuracy", "macro_f1"):
+        raise RecipeError(f"metric_for_best_model: found {metric}, wanted mAP or loss: the clips have lists of labels")
+    return loss
+
+
 def classification_loss(
-    outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, label_smoothing: float = 0.0
+    outputs,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+    loss: str = "cross_entropy",
 ) -> torch.Tensor:
-    """Cross-entropy, averaged over the clips of an optimizer step.
+    """Cross-entropy, or the binary one averaged over the classes; averaged over the clips of an optimizer step.
 
     Args:
         outputs: With `logits`, (batch, classes).
-        labels: Class numbers (batch,) or, after mixup, probabilities (batch, classes).
+        labels: Class numbers (batch,) or, after mixup or for multi-label clips, 0 to 1 (batch, classes).
         num_items_in_batch: Entries of `labels` in all micro-batches and processes of the step, as the Trainer counts
             them; none averages over this batch.
-        label_smoothing: Share of the probability spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
+        label_smoothing: Share of the probability spread over all classes (Szegedy et al. 2016, arXiv:1512.00567); of
+            the cross-entropy alone.
+        loss: cross_entropy, or bce: each class against the rest, as AST's authors train AudioSet and Speech Commands.
 
     Returns:
         The loss, a float32 scalar.
     """
-    loss = nn.functional.cross_entropy(outputs.logits.float(), labels, label_smoothing=label_smoothing, reduction="sum")
-    entries_a_clip = labels[0].numel()
-    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch / entries_a_clip)
+    logits = outputs.logits.float()
+    clips = len(labels) if num_items_in_batch is None else num_items_in_batch / labels[0].numel()
+    if loss == "bce":
+        targets = nn.functional.one_hot(labels, logits.shape[1]).float() if labels.dim() == 1 else labels
+        summed = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / logits.shape[1]
+    else:
+        summed = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+    return summed / clips
 
 
 @contextmanager
