@@ -36,7 +36,7 @@ from audio_dendrites.trainer import (
     resolve_loss,
     writing_to,
 )
-from data_collator import AugmentedClips, SetEpoch, SpectrogramCollator, WaveformCollator
+from data_collator import AugmentedClips, BalancedSampler, SetEpoch, SpectrogramCollator, WaveformCollator
 from pai_callback import PAICallback, PAIError, PAITrainerMixin
 
 CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
@@ -87,18 +87,20 @@ def train(recipe: Recipe) -> None:
     callbacks = [SetEpoch()] if grower is None else [SetEpoch(), grower]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    train_clips = AugmentedClips(examples["train"], args.seed)
     trainer = (AudioTrainer if grower is None else DendriticAudioTrainer)(
         model,
         args,
         data_collator=(WaveformCollator if recipe.model.waveform else SpectrogramCollator)(
             num_labels=len(labels), **extractor.batch_layout, **recipe.augmentation.settings(recipe.model.waveform)
         ),
-        train_dataset=AugmentedClips(examples["train"], args.seed),
+        train_dataset=train_clips,
         eval_dataset=examples["validation"],
         processing_class=extractor.stock(),
         compute_metrics=compute_metrics,
         callbacks=callbacks,
         loss=loss,
+        train_sampler=BalancedSampler(train_clips, targets["train"]) if args.balanced_sampling else None,
         learning_rates=learning_rates(
             model, args.learning_rate, recipe.model.head_learning_rate, recipe.model.layer_decay
         ),

@@ -194,7 +194,10 @@ class AugmentationArguments:
     )
     noise: float = field(
         default=0.0,
-        metadata={"help": "White noise of up to so much, as a share of the clip's RMS; waveform models only."},
+        metadata={
+            "help": "White noise of up to so much: of a waveform's RMS or, on spectrograms, in the units of the "
+            "model's input, where AST has 0.1."
+        },
     )
 
     def settings(self, waveform: bool) -> dict[str, Any]:
@@ -203,7 +206,7 @@ class AugmentationArguments:
         Raises:
             RecipeError: One is asked for that only the other kind of input has.
         """
-        alien = ("filter_gain", "frequency_shift") if waveform else ("gain", "noise")
+        alien = ("filter_gain", "frequency_shift") if waveform else ("gain",)
         for name in alien:
             if value := getattr(self, name):
                 raise RecipeError(
@@ -296,6 +299,9 @@ class RunArguments(TrainingArguments):
             "several classes."
         },
     )
+    balanced_sampling: bool = field(
+        default=False, metadata={"help": "Draw training clips with replacement, those of rare classes more often."}
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better one; left out: never."},
@@ -320,6 +326,10 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator needs all columns."})
 
     def __post_init__(self):
+        if self.balanced_sampling and self.train_sampling_strategy != "random":
+            raise RecipeError(
+                f"train_sampling_strategy: found {self.train_sampling_strategy} beside balanced_sampling: wanted random"
+            )
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
         self.precision = resolve_precision(asked, self.use_cpu)
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"

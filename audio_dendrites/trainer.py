@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -47,17 +48,29 @@ class AudioTrainer(Trainer):
     Args:
         learning_rates: Learning rate of each parameter by name; none gives all `args.learning_rate`.
         loss: cross_entropy or bce, as in `classification_loss`.
+        train_sampler: Draws the training clips; none shuffles them.
     """
 
-    def __init__(self, *args, learning_rates: dict[str, float] | None = None, loss: str = "cross_entropy", **kwargs):
+    def __init__(
+        self,
+        *args,
+        learning_rates: dict[str, float] | None = None,
+        loss: str = "cross_entropy",
+        train_sampler: Sampler | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.learning_rates = learning_rates
+        self.train_sampler = train_sampler
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):  # its default folder is named after the host
                 callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
         self.compute_loss_func = partial(
             classification_loss, label_smoothing=self.args.label_smoothing_factor, loss=loss
         )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.learning_rates is None or self.optimizer is not None:

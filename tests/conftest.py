@@ -66,7 +66,7 @@ def tones(tmp_path) -> Path:
 
 @pytest.fixture
 def chords(tones) -> Path:
-    """`tones` with two columns of lists: `kinds`, high, low, both or neither, and `numbers`, the same as class numbers."""
+    """`tones` with two columns of lists: `kinds`, high, low, both or neither, and `numbers`, the same as numbers."""
     rows = Dataset.from_parquet(str(tones)).to_list()
     kinds = [["low"], ["high"], ["high", "low"], [], ["low"], ["low", "high"]]
     for row, clip in enumerate(rows):
