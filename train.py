@@ -8,6 +8,7 @@ without them first, and the two are compared.
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 from joblib import cpu_count
@@ -25,7 +26,7 @@ from audio_dendrites.data import (
     split_by_fold,
 )
 from audio_dendrites.export import export_dendritic
-from audio_dendrites.features import ClipFeatures, ExactFeatures, extract_features
+from audio_dendrites.features import ClipFeatures, ExactFeatures, extract_features, feature_lengths
 from audio_dendrites.metrics import compute_metrics
 from audio_dendrites.models.loading import check_model, learning_rates, load_extractor, load_model
 from audio_dendrites.trainer import (
@@ -36,6 +37,7 @@ from audio_dendrites.trainer import (
     resolve_loss,
     writing_to,
 )
+from audio_dendrites.windows import ClipWindows
 from data_collator import AugmentedClips, BalancedSampler, SetEpoch, SpectrogramCollator, WaveformCollator
 from pai_callback import PAICallback, PAIError, PAITrainerMixin
 
@@ -62,6 +64,7 @@ def train(recipe: Recipe) -> None:
     loss = resolve_loss(args, is_multi_label(index["label"]))
 
     model = load_model(labels, recipe.model, extractor)
+    model.config.update({"window_overlap": args.window_overlap, "window_aggregation": args.window_aggregation})
     if loss == "bce":
         model.config.problem_type = "multi_label_classification"  # so that `pipeline` takes the sigmoid
     check_run_folder(recipe, model)
@@ -79,6 +82,14 @@ def train(recipe: Recipe) -> None:
         )
     splits, skipped = drop_bad_clips(splits, features["error"], recipe.data.on_bad_clip)
     targets = {split: encode_labels(index["label"].iloc[rows], labels) for split, rows in splits.items()}
+    lengths = feature_lengths(features, extractor.row_width)
+    in_windows = {
+        split: partial(
+            ClipWindows, lengths=lengths[rows], layout=extractor.window_layout, overlap=args.window_overlap,
+            aggregation=args.window_aggregation,
+        )
+        for split, rows in splits.items()
+    }  # fmt: skip
     examples = {
         split: ClipFeatures(features.select(rows), targets[split], extractor.row_width)
         for split, rows in splits.items()
@@ -95,7 +106,7 @@ def train(recipe: Recipe) -> None:
             num_labels=len(labels), **extractor.batch_layout, **recipe.augmentation.settings(recipe.model.waveform)
         ),
         train_dataset=train_clips,
-        eval_dataset=examples["validation"],
+        eval_dataset=in_windows["validation"](examples["validation"]),
         processing_class=extractor.stock(),
         compute_metrics=compute_metrics,
         callbacks=callbacks,
@@ -113,7 +124,8 @@ def train(recipe: Recipe) -> None:
     for split in ("validation", "test"):  # as `pipeline` will see them: exact features, fp32
         rows = splits[split]
         exact = ExactFeatures(clips.select(rows), targets[split], extractor, recipe.data.audio_column)
-        predictions[split] = report.predictions_table(index.iloc[rows], trainer.predict_in_fp32(exact), labels)
+        output = trainer.predict_in_fp32(in_windows[split](exact))
+        predictions[split] = report.predictions_table(index.iloc[rows], output, labels)
     if trainer.is_world_process_zero():
         with writing_to(folder):
             export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)

@@ -299,6 +299,13 @@ class RunArguments(TrainingArguments):
             "several classes."
         },
     )
+    window_overlap: float = field(
+        default=0.5,
+        metadata={"help": "Clips longer than max_length are scored by windows; share of one that the next repeats."},
+    )
+    window_aggregation: Literal["mean", "max"] = field(
+        default="mean", metadata={"help": "What the windows' logits become those of their clip by."}
+    )
     balanced_sampling: bool = field(
         default=False, metadata={"help": "Draw training clips with replacement, those of rare classes more often."}
     )
@@ -326,6 +333,8 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator needs all columns."})
 
     def __post_init__(self):
+        if not 0 <= self.window_overlap < 1:
+            raise RecipeError(f"window_overlap: found {self.window_overlap}, wanted 0 to under 1")
         if self.balanced_sampling and self.train_sampling_strategy != "random":
             raise RecipeError(
                 f"train_sampling_strategy: found {self.train_sampling_strategy} beside balanced_sampling: wanted random"

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Audio, Features, List, Value
 from datasets.fingerprint import Hasher
@@ -43,6 +44,11 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
     def row_width(self) -> int:
         """Numbers in a row of the features, which is a frame."""
         return self.num_mel_bins
+
+    @property
+    def window_layout(self) -> dict[str, int]:
+        """What `windows` has to know of the features."""
+        return {"max_length": self.max_length}
 
     @property
     def batch_layout(self) -> dict[str, Any]:
@@ -172,6 +178,11 @@ class Waveforms:
     def cache_key(self) -> dict[str, Any]:
         """The settings that change a number."""
         return {"waveforms": True, "sampling_rate": self.sampling_rate}
+
+    @property
+    def window_layout(self) -> dict[str, int]:
+        """What `windows` has to know of the features."""
+        return {name: getattr(self, name) for name in ("max_length", "window_length", "hop_length")}
 
     @property
     def batch_layout(self) -> dict[str, Any]:
@@ -346,6 +357,12 @@ def _extract_batch(
         .append_column("input_values", lists)
         .append_column("error", pa.array(errors, pa.string()))
     )
+
+
+def feature_lengths(features: datasets.Dataset, row_width: int | None) -> np.ndarray:
+    """Frames, or with no width of a frame samples, of each row that `extract_features` gives; reads none of them."""
+    chunks = features.data.column("input_values").chunks
+    return np.concatenate([pc.list_value_length(chunk).to_numpy() for chunk in chunks]) // (row_width or 1)
 
 
 class ClipFeatures(Dataset):

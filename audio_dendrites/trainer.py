@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
 from audio_dendrites.config import Recipe, RecipeError, RunArguments
+from audio_dendrites.windows import ClipWindows
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class CheckpointError(RuntimeError):
 
 
 class AudioTrainer(Trainer):
-    """Trainer for clips.
+    """Trainer for clips. Where it evaluates `ClipWindows`, metrics and predictions are of whole clips.
 
     transformers 5 saves a model under the Hub's old tensor names, but its Trainer resumes and loads the best model by
     the live ones and passes over what it does not find: an AST's encoder stays as it was. Here checkpoints hold live
@@ -54,12 +55,14 @@ class AudioTrainer(Trainer):
     def __init__(
         self,
         *args,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         learning_rates: dict[str, float] | None = None,
         loss: str = "cross_entropy",
         train_sampler: Sampler | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        self.clip_metrics = compute_metrics
+        super().__init__(*args, compute_metrics=compute_metrics and self._score_clips, **kwargs)
         self.learning_rates = learning_rates
         self.train_sampler = train_sampler
         for callback in self.callback_handler.callbacks:
@@ -88,6 +91,19 @@ class AudioTrainer(Trainer):
             **settings,
         )
         return self.optimizer
+
+    def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs):
+        self._evaluated = dataloader.dataset
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if output.predictions is None or not isinstance(self._evaluated, ClipWindows):
+            return output
+        logits, labels = self._evaluated.by_clip(output.predictions, output.label_ids)
+        return output._replace(predictions=logits, label_ids=labels)
+
+    def _score_clips(self, windows: EvalPrediction) -> dict[str, float]:
+        if isinstance(self._evaluated, ClipWindows):
+            windows = EvalPrediction(*self._evaluated.by_clip(windows.predictions, windows.label_ids))
+        return self.clip_metrics(windows)
 
     def predict_in_fp32(self, dataset):
         """`predict` without autocast, so that the scores are those `pipeline` will give."""
