@@ -330,8 +330,9 @@ def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
     )
     try:
         if kind == "file":
-            builder = FILES.get(Path(name).suffix.lower(), "parquet")
-            loaded = load_dataset(builder, data_files=str(Path(name).expanduser()), split=wanted)
+            if (suffix := Path(name).suffix.lower()) not in FILES:
+                raise RecipeError(f"dataset: found the file {name}, wanted {' or '.join(FILES)}")
+            loaded = load_dataset(FILES[suffix], data_files=str(Path(name).expanduser()), split=wanted)
         elif kind == "folder":
             loaded = _load_folder(Path(name).expanduser(), arguments, wanted)
         else:

@@ -279,6 +279,9 @@ def test_clips_without_a_label_or_a_path_are_an_error(tmp_path):
     (tmp_path / "x.csv").write_text("audio,label,fold\n,dog,1\nb.wav,cat,1\n")
     with pytest.raises(RecipeError, match="audio_column: 1 rows have no path"):
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv")))
+    with pytest.raises(RecipeError, match="dataset: found the file .*x.txt, wanted .parquet or .csv"):
+        (tmp_path / "x.txt").write_text("a.wav dog")
+        load_clips(DataArguments(dataset=str(tmp_path / "x.txt")))
     with pytest.raises(RecipeError, match="train_split: .*x.csv has no splits of its own"):
         splits = {"train_split": "a", "validation_split": "b", "test_split": "c"}
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv"), **splits))
