@@ -133,6 +133,7 @@ def test_long_clips_are_scored_whole_alike_by_the_run_by_two_processes_and_by_pr
     other = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert other["processes"] == 2 and other["validation"]["mAP"] == metrics["validation"]["mAP"]
 
+    capsys.readouterr()
     (files / "broken.flac").write_bytes(b"no sound")
     (files / "notes.txt").write_text("no sound either")
     soundfile.write(files / "loud.ogg", tone(300, 0.1, 44100), 44100)
