@@ -5,7 +5,8 @@
 Each of the data set's folds, those of the recipe's train_folds, validation_folds and test_folds, is the test fold once;
 the fold after it chooses the checkpoint and the others train. Every run has a folder below the recipe's output_dir, a
 finished one is not repeated, and the same command goes on where it was interrupted. Writes crossval.md, crossval.json
-and a confusion matrix there and, if the recipe has `baseline: true`, what compare.py writes.
+and a confusion matrix (multi-label: average precisions) there and, if the recipe has `baseline: true`, what compare.py
+writes.
 """
 
 import argparse
@@ -22,10 +23,8 @@ import pandas
 import compare
 import train
 from audio_dendrites.config import Recipe, RecipeError, parse_recipe, written_whole
-from audio_dendrites.report import markdown_table, plot_confusion, score
+from audio_dendrites.report import markdown_table, plot_classes, score, score_names
 from pai_callback import PAIError
-
-SCORES = ("accuracy", "macro_f1", "mAP")
 
 
 def fold_recipes(arguments: Sequence[str], folds: Sequence[str] | None, seeds: Sequence[int]) -> list[Recipe]:
@@ -41,6 +40,8 @@ def fold_recipes(arguments: Sequence[str], folds: Sequence[str] | None, seeds: S
     """
     recipe = parse_recipe(list(arguments))
     data, folder = recipe.data, Path(recipe.training.output_dir)
+    if data.train_folds is None:
+        raise RecipeError("folds: the recipe divides the data set otherwise, wanted a fold_column with folds")
     present = sorted({*data.train_folds, *data.validation_folds, *data.test_folds}, key=lambda fold: (len(fold), fold))
     if len(present) < 3:
         raise RecipeError(f"folds: the recipe names {', '.join(present)}, wanted three or more: train, choose, test")
@@ -69,12 +70,13 @@ def summary(folders: Sequence[Path]) -> tuple[str, dict[str, Any], pandas.DataFr
     """
     runs = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders]
     predictions = pandas.concat([pandas.read_parquet(folder / "predictions.parquet") for folder in folders])
-    rows: list[list[Any]] = [["test fold", "run", "clips", *SCORES]]
+    scores = score_names(runs[0]["test"])
+    rows: list[list[Any]] = [["test fold", "run", "clips", *scores]]
     for folder, metrics in zip(folders, runs, strict=True):
         test = metrics["test"]
-        rows.append([" ".join(test["folds"]), folder.name, test["clips"], *(test[name] for name in SCORES)])
-    means = {name: statistics.mean(run["test"][name] for run in runs) for name in SCORES}
-    deviations = {name: statistics.stdev(run["test"][name] for run in runs) if runs[1:] else 0.0 for name in SCORES}
+        rows.append([" ".join(test["folds"]), folder.name, test["clips"], *(test[name] for name in scores)])
+    means = {name: statistics.mean(run["test"][name] for run in runs) for name in scores}
+    deviations = {name: statistics.stdev(run["test"][name] for run in runs) if runs[1:] else 0.0 for name in scores}
     rows.append(["mean", "", "", *means.values()])
     rows.append(["standard deviation", "", "", *deviations.values()])
     pooled = score(predictions, runs[0]["labels"])
@@ -83,7 +85,7 @@ def summary(folders: Sequence[Path]) -> tuple[str, dict[str, Any], pandas.DataFr
         "runs": [folder.name for folder in folders],
         "mean": means,
         "standard_deviation": deviations,
-        "pooled": {name: pooled[name] for name in SCORES},
+        "pooled": {name: pooled[name] for name in scores},
         "parameters": parameters,
         "minutes": sum(run["train_runtime"] for run in runs) / 60,
     }
@@ -102,9 +104,9 @@ def write(folder: Path, kinds: dict[str, list[Path]], command: Sequence[str]) ->
     for kind, folders in kinds.items():
         table, numbers[kind], predictions = summary(folders)
         labels = json.loads((folders[0] / "metrics.json").read_text(encoding="utf-8"))["labels"]
-        plot_confusion(predictions, labels, f"{kind}, all test folds", folder / f"confusion_matrix_{kind}.png")
+        picture = plot_classes(predictions, labels, f"{kind}, all test folds", folder, f"_{kind}")
         line = f"{numbers[kind]['parameters']:,.0f} parameters, {numbers[kind]['minutes']:.1f} minutes of training."
-        page.append(f"## {kind}\n\n{table}\n\n{line}\n\n![confusion matrix](confusion_matrix_{kind}.png)")
+        page.append(f"## {kind}\n\n{table}\n\n{line}\n\n![by class]({picture.name})")
         print(f"\n{kind}\n\n{table}\n\n{line}", flush=True)
     with written_whole(folder / "crossval.md") as path:
         path.write_text("\n\n".join(page) + "\n", encoding="utf-8")

@@ -4,13 +4,16 @@
     trainer = Trainer(..., train_dataset=AugmentedClips(train), data_collator=collator, callbacks=[SetEpoch()])
 
 Examples are dictionaries with `input_values`, a log-mel spectrogram of shape (frames, mel bands) and any length,
-normalised to mean 0, and `labels`, a class number. `AugmentedClips` gives each training example a `draw`, and the
-collator augments just those that have one: evaluation needs no second collator and never gets augmented.
-Set `remove_unused_columns=False`, or the Trainer takes the `draw` away. Needs NumPy, SciPy, torch, transformers.
-`WaveformCollator` is the same for models that compute their spectrogram themselves.
+normalised to mean 0, and `labels`, a class number or, for clips of several classes, 0 or 1 for each class.
+`AugmentedClips` gives each training example a `draw`, and the collator augments just those that have one: evaluation
+needs no second collator and never gets augmented. Set `remove_unused_columns=False`, or the Trainer takes the `draw`
+away. Needs NumPy, SciPy, torch, transformers.
+`WaveformCollator` is the same for models that compute their spectrogram themselves. `BalancedSampler` draws rare
+classes more often.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +21,11 @@ import numpy as np
 import torch
 from scipy.special import betaincinv
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
-# One column of random numbers for each decision about a clip; masks take two more each.
+# One column of random numbers for each decision about a clip; masks take two more each, and the last is the level of
+# a spectrogram's noise.
 ROLL, PLACE, SHIFT, MIX, MIX_WEIGHT = range(5)
 FILTER = slice(5, 10)
 MASKS = 10
@@ -50,15 +54,46 @@ class AugmentedClips(Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return self._with_draw(self.examples[row], row)
+    def __getitem__(self, row: int | tuple[int, int]) -> dict[str, Any]:
+        return self._with_draw(self.examples[_row(row)], row)
 
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, rows: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
         fetch = getattr(self.examples, "__getitems__", lambda rows: [self.examples[row] for row in rows])
-        return [self._with_draw(example, row) for example, row in zip(fetch(rows), rows, strict=True)]
+        examples = fetch([_row(row) for row in rows])
+        return [self._with_draw(example, row) for example, row in zip(examples, rows, strict=True)]
 
-    def _with_draw(self, example: Mapping[str, Any], row: int) -> dict[str, Any]:
-        return {**example, "draw": (self.seed, int(self.epoch), row)}
+    def _with_draw(self, example: Mapping[str, Any], row: int | tuple[int, int]) -> dict[str, Any]:
+        return {**example, "draw": (self.seed, int(self.epoch), *(row if isinstance(row, tuple) else (row,)))}
+
+
+class BalancedSampler(Sampler):
+    """Draws clips with replacement, those of rare classes more often, as AST's authors train AudioSet.
+
+    A clip's weight is the sum of 1000 / (clips + 0.01) over its classes (github.com/YuanGongND/ast,
+    egs/audioset/gen_weight_file.py). An epoch has as many draws as there are clips, and is a function of the data set's
+    seed and epoch: the same in any rank, and after a resume. What it yields is (row, how often it came before), so that
+    no clip comes twice with the same augmentation.
+
+    Args:
+        clips: What the training is given.
+        labels: Class numbers (clips,) or 0 and 1, (clips, classes).
+    """
+
+    def __init__(self, clips: AugmentedClips, labels: np.ndarray):
+        labels = np.asarray(labels)
+        present = labels if labels.ndim == 2 else np.eye(1 + labels.max())[labels]
+        weights = present @ (1000 / (present.sum(0) + 0.01))
+        self.clips, self.probabilities = clips, weights / weights.sum()
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        random = np.random.default_rng((self.clips.seed, int(self.clips.epoch)))
+        seen = Counter()
+        for row in random.choice(len(self), len(self), p=self.probabilities).tolist():
+            yield row, seen[row]
+            seen[row] += 1
 
 
 class SetEpoch(TrainerCallback):
@@ -73,7 +108,7 @@ class SpectrogramCollator:
     """Examples of any length → one batch, in one vectorised pass.
 
     Examples with a `draw`, a tuple of integers that keys their random numbers, are rolled, placed, filtered, shifted,
-    mixed and masked, in this order. Without it short clips are padded at the end and long ones cut
+    mixed, masked and made noisy, in this order. Without it short clips are padded at the end and long ones cut
     there, as ASTFeatureExtractor does.
 
     Attributes:
@@ -92,6 +127,8 @@ class SpectrogramCollator:
         frequency_mask, frequency_masks: The same over mel bands.
         mixup_alpha: Mixup (Zhang et al. 2018, arXiv:1710.09412) with weights from Beta(alpha, alpha); 0: none.
         mixup_probability: Share of clips that are mixed with another clip of the batch.
+        noise: Uniform noise from 0 to up to so much, also over padding and masks; AST's authors train Speech Commands
+            with 0.1 (github.com/YuanGongND/ast, src/dataloader.py).
     """
 
     max_length: int
@@ -107,6 +144,7 @@ class SpectrogramCollator:
     frequency_masks: int = 1
     mixup_alpha: float = 0.0
     mixup_probability: float = 1.0
+    noise: float = 0.0
 
     def __post_init__(self):
         if self.mixup_alpha and self.num_labels is None:
@@ -116,28 +154,33 @@ class SpectrogramCollator:
         """One batch.
 
         Args:
-            examples: Each with `input_values` (frames, mel bands), and optionally `labels` (int) and `draw`.
+            examples: Each with `input_values` (frames, mel bands), and optionally `labels` (int, or (num_labels,) for
+                clips of several classes) and `draw`.
 
         Returns:
             `input_values` (batch, max_length, mel bands) float32 and, if the examples have them, `labels`: (batch,)
-            int64, or (batch, num_labels) float32 that sum to 1 where mixup is on.
+            int64, or (batch, num_labels) float32 where they are vectors or mixup is on.
         """
         clips = [torch.as_tensor(example["input_values"]) for example in examples]
         draws = self._draw(examples) if "draw" in examples[0] else None
         batch = {"input_values": self._fit(clips, draws)}
         if "labels" in examples[0]:
-            batch["labels"] = torch.tensor([int(example["labels"]) for example in examples])
+            batch["labels"] = _labels(examples)
         if draws is not None:
             if self.mixup_alpha:
                 batch = self._mixup(batch, draws)
             values = batch["input_values"]
             frames, bands = self._masks(draws, values.shape[1], values.shape[2])
             values.masked_fill_(frames[:, :, None] | bands[:, None, :], 0.0)
+            if self.noise:
+                generators = (np.random.default_rng((*example["draw"], 1)) for example in examples)
+                white = np.stack([generator.random(values.shape[1:], np.float32) for generator in generators])
+                values += (self.noise * draws[:, -1]).float()[:, None, None] * torch.from_numpy(white)
         return batch
 
     def _draw(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
         """Uniform random numbers in [0, 1), (batch, decisions) float64."""
-        count = MASKS + 2 * (self.time_masks + self.frequency_masks)
+        count = MASKS + 2 * (self.time_masks + self.frequency_masks) + 1
         return torch.from_numpy(
             np.stack([np.random.default_rng(example["draw"]).random(count) for example in examples])
         )
@@ -177,7 +220,8 @@ class SpectrogramCollator:
         """Each chosen clip with its neighbour in the batch, whose order the sampler has shuffled."""
         weight = torch.from_numpy(betaincinv(self.mixup_alpha, self.mixup_alpha, draws[:, MIX_WEIGHT].numpy()))
         weight = torch.where(draws[:, MIX] < self.mixup_probability, weight, 1.0).float()
-        labels = nn.functional.one_hot(batch["labels"], self.num_labels).float()
+        labels = batch["labels"]
+        labels = nn.functional.one_hot(labels, self.num_labels).float() if labels.dim() == 1 else labels
         values = batch["input_values"]
         return {
             "input_values": _blend(values, weight.view(-1, *[1] * (values.dim() - 1))),
@@ -218,7 +262,6 @@ class WaveformCollator(SpectrogramCollator):
     hop_length: int = 160
     num_mel_bins: int = 128
     gain: float = 0.0
-    noise: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -229,7 +272,7 @@ class WaveformCollator(SpectrogramCollator):
         """One batch.
 
         Args:
-            examples: Each with `input_values` (samples,), and optionally `labels` (int) and `draw`.
+            examples: Each with `input_values` (samples,), and optionally `labels` and `draw` as SpectrogramCollator's.
 
         Returns:
             `input_values` (batch, samples) float32, 0 where padded, and `attention_mask`, int64, 0 there and 1
@@ -243,7 +286,7 @@ class WaveformCollator(SpectrogramCollator):
         values.masked_fill_(~inside, 0.0)
         batch = {"input_values": values}
         if "labels" in examples[0]:
-            batch["labels"] = torch.tensor([int(example["labels"]) for example in examples])
+            batch["labels"] = _labels(examples)
         if draws is None:
             return batch | {"attention_mask": inside.long()}
         if self.gain:
@@ -261,6 +304,15 @@ class WaveformCollator(SpectrogramCollator):
             frames, bands = self._masks(draws, self.max_length, self.num_mel_bins)
             batch |= {"masked_frames": frames, "masked_bands": bands}
         return batch | {"attention_mask": inside.long()}
+
+
+def _row(key: int | tuple[int, int]) -> int:
+    return key[0] if isinstance(key, tuple) else key
+
+
+def _labels(examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    labels = torch.from_numpy(np.array([example["labels"] for example in examples]))
+    return labels.long() if labels.dim() == 1 else labels.float()
 
 
 def _below(uniform: torch.Tensor, bound: torch.Tensor | int) -> torch.Tensor:

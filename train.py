@@ -8,6 +8,7 @@ without them first, and the two are compared.
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 from joblib import cpu_count
@@ -16,9 +17,16 @@ from transformers import EarlyStoppingCallback, set_seed
 import compare
 from audio_dendrites import hub, report
 from audio_dendrites.config import Recipe, RecipeError, parse_recipe, write_yaml
-from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
+from audio_dendrites.data import (
+    class_names,
+    drop_bad_clips,
+    encode_labels,
+    is_multi_label,
+    load_clips,
+    split_by_fold,
+)
 from audio_dendrites.export import export_dendritic
-from audio_dendrites.features import ClipFeatures, ExactFeatures, extract_features
+from audio_dendrites.features import ClipFeatures, ExactFeatures, extract_features, feature_lengths
 from audio_dendrites.metrics import compute_metrics
 from audio_dendrites.models.loading import check_model, learning_rates, load_extractor, load_model
 from audio_dendrites.trainer import (
@@ -26,9 +34,11 @@ from audio_dendrites.trainer import (
     check_run_folder,
     find_checkpoint,
     prepare_process,
+    resolve_loss,
     writing_to,
 )
-from data_collator import AugmentedClips, SetEpoch, SpectrogramCollator, WaveformCollator
+from audio_dendrites.windows import ClipWindows
+from data_collator import AugmentedClips, BalancedSampler, SetEpoch, SpectrogramCollator, WaveformCollator
 from pai_callback import PAICallback, PAIError, PAITrainerMixin
 
 CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
@@ -55,8 +65,12 @@ def train(recipe: Recipe) -> None:
         clips, index = load_clips(recipe.data)
     splits = split_by_fold(index, recipe.data)
     labels = class_names(index, splits, recipe.data)
+    loss = resolve_loss(args, is_multi_label(index["label"]))
 
     model = load_model(labels, recipe.model, extractor)
+    model.config.update({"window_overlap": args.window_overlap, "window_aggregation": args.window_aggregation})
+    if loss == "bce":
+        model.config.problem_type = "multi_label_classification"  # so that `pipeline` takes the sigmoid
     check_run_folder(recipe, model)
     if report.is_finished(folder) and args.resume_from_checkpoint is None:
         return report.print_summary(folder)
@@ -71,7 +85,15 @@ def train(recipe: Recipe) -> None:
             num_proc=recipe.data.preprocessing_num_workers or cpu_count(),
         )
     splits, skipped = drop_bad_clips(splits, features["error"], recipe.data.on_bad_clip)
-    targets = {split: index["label"].iloc[rows].map(labels.index) for split, rows in splits.items()}
+    targets = {split: encode_labels(index["label"].iloc[rows], labels) for split, rows in splits.items()}
+    lengths = feature_lengths(features, extractor.row_width)
+    in_windows = {
+        split: partial(
+            ClipWindows, lengths=lengths[rows], layout=extractor.window_layout, overlap=args.window_overlap,
+            aggregation=args.window_aggregation,
+        )
+        for split, rows in splits.items()
+    }  # fmt: skip
     examples = {
         split: ClipFeatures(features.select(rows), targets[split], extractor.row_width)
         for split, rows in splits.items()
@@ -80,17 +102,20 @@ def train(recipe: Recipe) -> None:
     callbacks = [SetEpoch()] if grower is None else [SetEpoch(), grower]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    train_clips = AugmentedClips(examples["train"], args.seed)
     trainer = (AudioTrainer if grower is None else DendriticAudioTrainer)(
         model,
         args,
         data_collator=(WaveformCollator if recipe.model.waveform else SpectrogramCollator)(
             num_labels=len(labels), **extractor.batch_layout, **recipe.augmentation.settings(recipe.model.waveform)
         ),
-        train_dataset=AugmentedClips(examples["train"], args.seed),
-        eval_dataset=examples["validation"],
+        train_dataset=train_clips,
+        eval_dataset=in_windows["validation"](examples["validation"]),
         processing_class=extractor.stock(),
         compute_metrics=compute_metrics,
         callbacks=callbacks,
+        loss=loss,
+        train_sampler=BalancedSampler(train_clips, targets["train"]) if args.balanced_sampling else None,
         learning_rates=learning_rates(
             model, args.learning_rate, recipe.model.head_learning_rate, recipe.model.layer_decay
         ),
@@ -107,11 +132,13 @@ def train(recipe: Recipe) -> None:
     for split in ("validation", "test"):  # as `pipeline` will see them: exact features, fp32
         rows = splits[split]
         exact = ExactFeatures(clips.select(rows), targets[split], extractor, recipe.data.audio_column)
-        predictions[split] = report.predictions_table(index.iloc[rows], trainer.predict_in_fp32(exact), labels)
+        output = trainer.predict_in_fp32(in_windows[split](exact))
+        predictions[split] = report.predictions_table(index.iloc[rows], output, labels)
     if trainer.is_world_process_zero():
         with writing_to(folder):
             export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)
-            report.check_pipeline(folder, clips.select(splits["test"]), recipe.data.audio_column, predictions["test"])
+            heard = clips.select(splits["test"])
+            report.check_pipeline(folder, heard, recipe.data.audio_column, predictions["test"], loss)
             report.write_run(folder, recipe, trainer, labels, predictions, skipped)
             hub.write_card(folder, CARD)
         report.print_summary(folder)

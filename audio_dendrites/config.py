@@ -28,6 +28,9 @@ class RecipeError(ValueError):
     """Something the user wrote or named is wrong; the message says what was found and what is wanted."""
 
 
+SPLITS = ("train", "validation", "test")
+
+
 @dataclass
 class DataArguments:
     """Which clips, and how they are divided."""
@@ -36,17 +39,29 @@ class DataArguments:
 
     dataset: str = field(
         default="synthetic",
-        metadata={"help": "Hub id, folder, Parquet file, or 'synthetic' (generated, embedded)."},
+        metadata={
+            "help": "Hub id, Parquet or CSV file, folder of Parquet files or of class folders, or 'synthetic' "
+            "(generated, embedded)."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration (subset) of the Hub data set, where it has several."}
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Commit, tag or branch of the Hub data set; ignored for local data."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split that holds all folds."})
-    audio_column: str = field(default="audio", metadata={"help": "Column with the audio (bytes or path)."})
-    label_column: str = field(default="label", metadata={"help": "Column with class names or ids."})
-    fold_column: str = field(default="fold", metadata={"help": "Column with the official fold."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Split that holds all clips to be divided; left out: train."}
+    )
+    audio_column: str = field(
+        default="audio", metadata={"help": "Column with the audio (bytes), or with paths relative to the file."}
+    )
+    label_column: str = field(
+        default="label", metadata={"help": "Column with class names or ids; with lists of them, clips are multi-label."}
+    )
     clip_column: str | None = field(
-        default=None, metadata={"help": "Column that names a clip; left out: its row number."}
+        default=None,
+        metadata={"help": "Column that names a clip; left out: its path where there is one, or row number."},
     )
     group_column: str | None = field(
         default=None,
@@ -55,13 +70,29 @@ class DataArguments:
     labels: list[str] | None = field(
         default=None, metadata={"help": "Class names in the model's order; default: all found, sorted."}
     )
-    train_folds: list[str] = field(
-        default_factory=lambda: [str(fold) for fold in range(1, 9)], metadata={"help": "Folds to train on."}
+    fold_column: str | None = field(default=None, metadata={"help": "Column with the official fold; left out: fold."})
+    train_folds: list[str] | None = field(default=None, metadata={"help": "Folds to train on; left out: 1 to 8."})
+    validation_folds: list[str] | None = field(
+        default=None, metadata={"help": "Folds that choose the checkpoint; left out: 9."}
     )
-    validation_folds: list[str] = field(
-        default_factory=lambda: ["9"], metadata={"help": "Folds that choose the checkpoint."}
+    test_folds: list[str] | None = field(
+        default=None, metadata={"help": "Folds scored once, at the end; left out: 10."}
     )
-    test_folds: list[str] = field(default_factory=lambda: ["10"], metadata={"help": "Folds scored once, at the end."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "In place of folds: the data set's own split to train on."}
+    )
+    validation_split: str | None = field(default=None, metadata={"help": "Its split that chooses the checkpoint."})
+    test_split: str | None = field(default=None, metadata={"help": "Its split scored once, at the end."})
+    split_shares: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "In place of folds: shares of train, validation and test, as 0.8 0.1 0.1; whole source recordings "
+            "are drawn, stratified by class."
+        },
+    )
+    split_seed: int | None = field(
+        default=None, metadata={"help": "With split_shares: its seed, apart from that of the training; left out: 0."}
+    )
     drop_leaks: bool = field(
         default=False,
         metadata={"help": "Drop training clips whose source recording also stands in validation or test."},
@@ -72,6 +103,55 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that compute features; default: one a core."}
     )
+
+    def __post_init__(self):
+        ways = {
+            way: [name for name in names if getattr(self, name) is not None]
+            for way, names in (
+                ("folds", ("fold_column", *(f"{split}_folds" for split in SPLITS))),
+                ("splits of its own", tuple(f"{split}_split" for split in SPLITS)),
+                ("drawn shares", ("split_shares", "split_seed")),
+            )
+        }
+        if len(found := {way: names for way, names in ways.items() if names}) > 1:
+            told = "; ".join(f"{', '.join(names)} ({way})" for way, names in found.items())
+            raise RecipeError(f"found {told}: wanted one way to divide the data set")
+        if ways["splits of its own"]:
+            self._check_own_splits()
+        elif ways["drawn shares"]:
+            self._check_shares()
+            self.split_seed = self.split_seed or 0
+        else:
+            self.fold_column = self.fold_column or "fold"
+            self.train_folds = self.train_folds or [str(fold) for fold in range(1, 9)]
+            self.validation_folds = self.validation_folds or ["9"]
+            self.test_folds = self.test_folds or ["10"]
+        if not self.train_split:
+            self.dataset_split = self.dataset_split or "train"
+
+    def _check_own_splits(self) -> None:
+        for split in SPLITS:
+            if getattr(self, f"{split}_split") is None:
+                raise RecipeError(f"{split}_split: found none, wanted the name of a split, as for the other two")
+        if self.dataset_split is not None:
+            raise RecipeError(f"dataset_split: found {self.dataset_split} beside train_split, wanted one of them")
+
+    def _check_shares(self) -> None:
+        shares = self.split_shares or []
+        if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise RecipeError(
+                f"split_shares: found {' '.join(map(str, shares)) or 'none'}, wanted three numbers above 0 that sum "
+                "to 1: the shares of train, validation and test"
+            )
+
+    @property
+    def folds(self) -> dict[str, list[str]]:
+        """What the clips of `train`, `validation` and `test` have in the index's column `fold`."""
+        if self.train_split:
+            return {split: [getattr(self, f"{split}_split")] for split in SPLITS}
+        if self.split_shares:
+            return {split: [split] for split in SPLITS}
+        return {split: getattr(self, f"{split}_folds") for split in SPLITS}
 
 
 @dataclass
@@ -115,7 +195,10 @@ class AugmentationArguments:
     )
     noise: float = field(
         default=0.0,
-        metadata={"help": "White noise of up to so much, as a share of the clip's RMS; waveform models only."},
+        metadata={
+            "help": "White noise of up to so much: of a waveform's RMS or, on spectrograms, in the units of the "
+            "model's input, where AST has 0.1."
+        },
     )
 
     def settings(self, waveform: bool) -> dict[str, Any]:
@@ -124,7 +207,7 @@ class AugmentationArguments:
         Raises:
             RecipeError: One is asked for that only the other kind of input has.
         """
-        alien = ("filter_gain", "frequency_shift") if waveform else ("gain", "noise")
+        alien = ("filter_gain", "frequency_shift") if waveform else ("gain",)
         for name in alien:
             if value := getattr(self, name):
                 raise RecipeError(
@@ -217,6 +300,23 @@ class RunArguments(TrainingArguments):
         metadata={"help": "auto: bf16 where the hardware computes in it, else fp16 on CUDA, else fp32. "
                   "The flags bf16 and fp16 overrule it."},
     )  # fmt: skip
+    loss: Literal["auto", "cross_entropy", "bce"] = field(
+        default="auto",
+        metadata={
+            "help": "bce: binary cross-entropy, each class against the rest; auto: cross_entropy, or bce for clips of "
+            "several classes."
+        },
+    )
+    window_overlap: float = field(
+        default=0.5,
+        metadata={"help": "Clips longer than max_length are scored by windows; share of one that the next repeats."},
+    )
+    window_aggregation: Literal["mean", "max"] = field(
+        default="mean", metadata={"help": "What the windows' logits become those of their clip by."}
+    )
+    balanced_sampling: bool = field(
+        default=False, metadata={"help": "Draw training clips with replacement, those of rare classes more often."}
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better one; left out: never."},
@@ -249,6 +349,12 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator needs all columns."})
 
     def __post_init__(self):
+        if not 0 <= self.window_overlap < 1:
+            raise RecipeError(f"window_overlap: found {self.window_overlap}, wanted 0 to under 1")
+        if self.balanced_sampling and self.train_sampling_strategy != "random":
+            raise RecipeError(
+                f"train_sampling_strategy: found {self.train_sampling_strategy} beside balanced_sampling: wanted random"
+            )
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
         self.precision = resolve_precision(asked, self.use_cpu)
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"

@@ -1,4 +1,4 @@
-"""Clips from the Hub, a folder, a Parquet file or the embedded set, divided by their own folds.
+"""Clips from the Hub, a folder, a file or the embedded set, divided by folds, by splits of their own, or by chance.
 
     python -m audio_dendrites.data download configs/urbansound8k/ast.yaml [--field value ...]
     python -m audio_dendrites.data stats configs/urbansound8k/ast.yaml [--field value ...]
@@ -7,27 +7,47 @@ The first fetches what a recipe trains on ahead of time, for a machine without n
 """
 
 import argparse
+import glob
 import io
 import logging
+import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
+from math import lcm
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import soundfile
-from datasets import Audio, ClassLabel, Dataset, load_dataset, load_dataset_builder
+from datasets import (
+    Audio,
+    ClassLabel,
+    Dataset,
+    Features,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.data_files import EmptyDatasetError
+from datasets.fingerprint import Hasher
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from huggingface_hub.utils import filter_repo_objects, httpx
 from pandas import DataFrame, Series, crosstab
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from audio_dendrites.audio import BadClip, load_waveform
-from audio_dendrites.config import DataArguments, ModelArguments, Recipe, RecipeError, parse_recipe
+from audio_dendrites.config import SPLITS, DataArguments, ModelArguments, Recipe, RecipeError, parse_recipe
 from audio_dendrites.features import BatchedASTFeatureExtractor
 from audio_dendrites.synth import load_synthetic
 
@@ -37,6 +57,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 OLD_WEIGHT_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+FILES = {".parquet": "parquet", ".csv": "csv"}
 DOWNLOAD_NEEDS_IT = "the download needs it"
 
 
@@ -45,13 +66,13 @@ def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
 
     Returns:
         The sound, not decoded, in `audio_column` (and the names in `clip_column`, if there is one); and an index, row
-        by row the same clips, with the text columns `clip`, `fold`, `label` (class name) and `group` (source
-        recording, or the clip itself where no column names one).
+        by row the same clips, with the text columns `clip`, `fold`, `label` (class name, or a list of them where the
+        data set has lists) and `group` (source recording, or the clip itself where no column names one).
 
     Raises:
         RecipeError: The data set is unknown or unreachable, or lacks a column.
     """
-    clips = _load(arguments)
+    clips, splits = _load(arguments)
     fields = ("audio_column", "label_column", "fold_column", "clip_column", "group_column")
     for field in fields:
         column = getattr(arguments, field)
@@ -59,9 +80,15 @@ def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
             raise RecipeError(
                 f"{field}: {arguments.dataset} has no column {column!r}; it has {', '.join(clips.column_names)}"
             )
-    index = DataFrame({"fold": _texts(clips, arguments.fold_column), "label": _texts(clips, arguments.label_column)})
-    index["clip"] = _texts(clips, arguments.clip_column) if arguments.clip_column else index.index.map("{:06d}".format)
+    clips, paths = _with_sound(clips, arguments)
+    index = DataFrame({"label": _labels(clips, arguments)})
+    index["clip"] = _texts(clips, arguments.clip_column) if arguments.clip_column else paths
     index["group"] = _texts(clips, arguments.group_column) if arguments.group_column else index["clip"]
+    if arguments.fold_column:
+        splits = _texts(clips, arguments.fold_column)
+    elif arguments.split_shares:
+        splits = _drawn_splits(index, arguments)
+    index.insert(0, "fold", splits)
     sound = [arguments.audio_column] + [arguments.clip_column] * bool(arguments.clip_column)
     return clips.select_columns(sound), index
 
@@ -73,29 +100,28 @@ def split_by_fold(index: DataFrame, arguments: DataArguments) -> dict[str, np.nd
         index: As `load_clips` gives it.
 
     Returns:
-        The row numbers of the splits `train`, `validation` and `test`.
+        The row numbers of the splits `train`, `validation` and `test`, in the order of the clips' names: the same data
+        in another order gives the same model.
 
     Raises:
         RecipeError: A fold is empty, or stands in train and in another split.
     """
-    asked = {
-        "train": arguments.train_folds,
-        "validation": arguments.validation_folds,
-        "test": arguments.test_folds,
-    }
+    asked = arguments.folds
     present = index["fold"].value_counts().sort_index()
     for split, folds in asked.items():
         if missing := [fold for fold in folds if fold not in present]:
             counts = ", ".join(f"{fold} ({count} clips)" for fold, count in present.items())
             raise RecipeError(f"{split}_folds: no clip in fold {', '.join(missing)}; {arguments.dataset} has {counts}")
+    way = "split" if arguments.train_split else "folds"
     for split in ("validation", "test"):
         if both := sorted(set(asked["train"]) & set(asked[split])):
             raise RecipeError(
-                f"fold {', '.join(both)} stands in train_folds and in {split}_folds: the score would be worthless"
+                f"fold {', '.join(both)} stands in train_{way} and in {split}_{way}: the score would be worthless"
             )
     if both := sorted(set(asked["validation"]) & set(asked["test"])):
         logger.warning("Fold %s chooses the checkpoint and tests it: the test score is optimistic.", ", ".join(both))
-    splits = {split: np.flatnonzero(index["fold"].isin(folds)) for split, folds in asked.items()}
+    by_name = index["clip"].argsort(kind="stable").to_numpy()
+    splits = {split: by_name[index["fold"].iloc[by_name].isin(folds)] for split, folds in asked.items()}
     return splits | {"train": _check_leaks(index["group"], splits, arguments)}
 
 
@@ -107,7 +133,7 @@ def class_names(index: DataFrame, splits: dict[str, np.ndarray], arguments: Data
     Raises:
         RecipeError: A clip has a label that is not listed or, in validation and test, that training has none of.
     """
-    found = {split: set(index["label"].iloc[rows]) for split, rows in splits.items()}
+    found = {split: set(index["label"].iloc[rows].explode().dropna()) for split, rows in splits.items()}
     labels = arguments.labels or sorted(found["train"])
     for split, names in found.items():
         if strangers := sorted(names - set(labels)):
@@ -118,6 +144,26 @@ def class_names(index: DataFrame, splits: dict[str, np.ndarray], arguments: Data
     if len(labels) < 2:
         raise RecipeError(f"labels: found only {', '.join(labels)}, wanted two classes or more")
     return labels
+
+
+def is_multi_label(names: Series) -> bool:
+    """Whether clips have lists of class names."""
+    return not isinstance(names.iloc[0], str)
+
+
+def encode_labels(names: Series, labels: Sequence[str]) -> np.ndarray:
+    """What a model is trained on.
+
+    Args:
+        names: The class name of each clip, or a list of them.
+        labels: All of them in the order of the logits.
+
+    Returns:
+        Class numbers (clips,), int64, or for lists (clips, classes), float32, 1 for each of a clip's classes.
+    """
+    if not is_multi_label(names):
+        return names.map(list(labels).index).to_numpy()
+    return MultiLabelBinarizer(classes=list(labels)).fit_transform(names).astype(np.float32)
 
 
 def drop_bad_clips(
@@ -145,9 +191,7 @@ def drop_bad_clips(
         logger.warning("Skipped %s", error)
     good = {split: rows[errors[rows] == ""] for split, rows in splits.items()}
     if empty := [split for split, rows in good.items() if not len(rows)]:
-        raise RecipeError(
-            f"{empty[0]}_folds: none of the {len(splits[empty[0]])} clips can be used; the first: {bad[0]}"
-        )
+        raise RecipeError(f"none of the {len(splits[empty[0]])} {empty[0]} clips can be used; the first: {bad[0]}")
     return good, bad
 
 
@@ -175,7 +219,7 @@ def _download_dataset(arguments: DataArguments) -> None:
         return print(f"dataset {name}: {kind}, nothing to download")
     with _hub_errors("dataset", name, revision, DOWNLOAD_NEEDS_IT):
         commit = HfApi().dataset_info(name, revision=revision).sha
-        builder = load_dataset_builder(name, revision=commit)
+        builder = load_dataset_builder(name, arguments.dataset_config, revision=commit)
         prepared = Path(builder.cache_dir)
         if prepared.is_dir():
             print(f"dataset {name} (revision {commit}): nothing to download")
@@ -234,7 +278,8 @@ def stats(recipe: Recipe) -> None:
     clips, index = load_clips(arguments)
     splits = split_by_fold(index, arguments)
     print(f"{len(clips):,} clips of {arguments.dataset}\n")
-    counts = crosstab(index["label"], index["fold"], margins=True, margins_name="all")
+    labelled = index.explode("label")
+    counts = crosstab(labelled["label"], labelled["fold"], margins=True, margins_name="all")
     folds = sorted(set(index["fold"]), key=lambda fold: (len(fold), fold))
     print(counts.reindex(columns=[*folds, "all"]).to_string())
 
@@ -257,7 +302,7 @@ def stats(recipe: Recipe) -> None:
         except (BadClip, soundfile.LibsndfileError) as error:
             bad.append(f"{name}: {error}" if name not in str(error) else str(error))
     if not count:
-        raise RecipeError(f"train_folds: none of the {len(train)} clips can be read; the first: {bad[0]}")
+        raise RecipeError(f"none of the {len(train)} training clips can be read; the first: {bad[0]}")
 
     low, middle, high = np.quantile(seconds, [0, 0.5, 1])
     print(f"\nseconds: {low:.3f} shortest, {middle:.3f} median, {high:.3f} longest, {sum(seconds):,.0f} in all")
@@ -269,38 +314,151 @@ def stats(recipe: Recipe) -> None:
     for group, found in leaks.items():
         print(f"  {group}: folds {', '.join(sorted(found))}")
     mean = total / count
-    print(f"log-mel of the training folds ({', '.join(arguments.train_folds)}), {len(train):,} clips:")
+    print(f"log-mel of the training folds ({', '.join(arguments.folds['train'])}), {len(train):,} clips:")
     print(f"mean: {mean:.4f}\nstd: {(squares / count - mean**2) ** 0.5:.4f}")
 
 
-def _load(arguments: DataArguments) -> Dataset:
-    name, split, revision = arguments.dataset, arguments.dataset_split, arguments.dataset_revision
+def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
+    """All clips of the splits that are asked for, and for each clip the name of its split."""
+    name, revision = arguments.dataset, arguments.dataset_revision
     kind, cache = _kind(name), datasets.config.HF_DATASETS_CACHE
+    wanted = list(dict.fromkeys(split for folds in arguments.folds.values() for split in folds))
+    wanted = wanted if arguments.train_split else [arguments.dataset_split]
+    if arguments.train_split and kind in ("file", "synthetic"):
+        raise RecipeError(f"train_split: {name} has no splits of its own: wanted folds (fold_column) or split_shares")
     if kind == "synthetic":
-        return load_synthetic()
+        clips = load_synthetic()
+        return clips, ["train"] * len(clips)
     way_out = (
         f"{name!r} is not in the cache {cache}. Fetch it where there is a network with `python -m audio_dendrites.data "
         f"download RECIPE` and set HF_HOME to the same cache here, or give a local copy: --dataset FOLDER"
     )
     try:
         if kind == "file":
-            return load_dataset("parquet", data_files=str(Path(name).expanduser()), split=split)
-        if kind == "folder":
-            return load_dataset(str(Path(name).expanduser()), split=split)
-        with _hub_errors("dataset", name, revision, way_out):
-            clips = load_dataset(name, revision=revision, split=split)
+            if (suffix := Path(name).suffix.lower()) not in FILES:
+                raise RecipeError(f"dataset: found the file {name}, wanted {' or '.join(FILES)}")
+            loaded = load_dataset(FILES[suffix], data_files=str(Path(name).expanduser()), split=wanted)
+        elif kind == "folder":
+            loaded = _load_folder(Path(name).expanduser(), arguments, wanted)
+        else:
+            with _hub_errors("dataset", name, revision, way_out):
+                loaded = load_dataset(name, arguments.dataset_config, revision=revision, split=wanted)
     except RecipeError:
         raise
-    except ValueError as error:  # unknown split, no data files
-        raise RecipeError(f"dataset {name!r}, split {split!r}: {error}") from error
+    except (EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError) as error:
+        raise RecipeError(f"dataset {name!r}: no audio and no Parquet file found ({error})") from error
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:  # unknown split, broken file
+        raise RecipeError(f"dataset {name!r}, split {', '.join(wanted)!r}: {error}") from error
+    clips = loaded[0] if len(loaded) == 1 else concatenate_datasets(loaded)
     # Where the Hub is out of reach the library takes the revision that it prepared last, whichever was asked for.
     found = {Path(file["filename"]).parent.name for file in clips.cache_files}
-    if revision and REGEX_COMMIT_HASH.fullmatch(revision) and found - {revision}:
+    if kind == "hub" and revision and REGEX_COMMIT_HASH.fullmatch(revision) and found - {revision}:
         raise RecipeError(
             f"dataset_revision: found {', '.join(found)} of {name!r} in the cache {cache}, wanted {revision}, and the "
             f"Hub is not reachable"
         )
-    return clips
+    return clips, [split for split, part in zip(wanted, loaded, strict=True) for _ in range(len(part))]
+
+
+def _load_folder(folder: Path, arguments: DataArguments, wanted: list[str]) -> list[Dataset]:
+    """A folder of Parquet files, or of class folders: <class>/<clip>, below <split>/ where splits are asked for."""
+    if any(folder.rglob("*.parquet")):
+        return load_dataset(str(folder), split=wanted)
+    # Told by hand, because the library takes a class folder named "train" or "test" for a split.
+    places = {split: folder / split if arguments.train_split else folder for split in wanted}
+    if missing := [split for split, place in places.items() if not place.is_dir()]:
+        raise RecipeError(f"dataset: found no folder {missing[0]} in {folder}, wanted {'/, '.join(wanted)}/ there")
+    loaded = load_dataset(
+        "audiofolder",
+        data_files={split: f"{glob.escape(str(place))}/**" for split, place in places.items()},
+        drop_labels=False,
+        drop_metadata=True,
+        # As text, because the library encodes Audio with torchcodec alone, which needs FFmpeg.
+        features=Features({"audio": Value("string"), "label": Value("string")}),
+        split=wanted,
+    )
+    for clips, place in zip(loaded, places.values(), strict=True):
+        if strays := [path for path in clips["audio"] if Path(path).parent == place.resolve()]:
+            raise RecipeError(f"dataset: found {strays[0]} in no class folder, wanted {place}/<class>/<clip>")
+    return loaded
+
+
+def _with_sound(clips: Dataset, arguments: DataArguments) -> tuple[Dataset, list[str]]:
+    """Paths in text columns become audio; and a name for each clip: its path if all have different ones, or its row."""
+    column, folder = arguments.audio_column, Path(arguments.dataset).expanduser().resolve()
+    folder = folder if folder.is_dir() else folder.parent
+    kind = clips.features[column]
+    if isinstance(kind, Audio | dict):
+        paths = [path for chunk in clips.data.column(column).chunks for path in chunk.field("path").to_pylist()]
+    elif kind in (Value("string"), Value("large_string")):
+        paths = clips.with_format("arrow")[:][column].to_pylist()
+        if _kind(arguments.dataset) == "hub":
+            raise RecipeError(f"audio_column: {column!r} of {arguments.dataset} holds text, wanted Audio")
+        if missing := [row for row, path in enumerate(paths) if not path]:
+            raise RecipeError(
+                f"audio_column: {len(missing)} rows have no path in {column!r}, the first is {missing[0]}"
+            )
+        files = [str(folder / path) for path in paths]
+        # The features are computed again where a file has changed.
+        states = [(file, stat.st_mtime_ns, stat.st_size) for file in files if (stat := _stat(file))]
+        clips = clips.with_format("arrow").map(
+            _as_audio, fn_kwargs={"column": column, "folder": str(folder)}, batched=True,
+            features=Features({**clips.features, column: Audio(decode=False)}),
+            new_fingerprint=Hasher.hash([clips._fingerprint, files, states]), desc="Paths",
+        ).with_format(None)  # fmt: skip
+        paths = [
+            Path(file).relative_to(folder).as_posix() if Path(file).is_relative_to(folder) else file for file in files
+        ]
+    elif kind == Value("binary"):
+        paths = [None] * len(clips)
+    else:
+        raise RecipeError(f"audio_column: {column!r} of {arguments.dataset} holds {kind}, wanted Audio or paths")
+    unique = None not in paths and len(set(paths)) == len(paths)
+    return clips, paths if unique else [f"{row:06d}" for row in range(len(paths))]
+
+
+def _stat(file: str) -> os.stat_result | None:
+    return os.stat(file) if os.path.isfile(file) else None
+
+
+def _as_audio(table: pa.Table, column: str, folder: str) -> pa.Table:
+    """The column's paths, relative to a folder, as what `Audio` stores."""
+    sounds = [{"bytes": None, "path": str(Path(folder, path))} for path in table[column].to_pylist()]
+    stored = pa.array(sounds, Audio().pa_type)
+    return table.set_column(table.column_names.index(column), column, stored)
+
+
+def _drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
+    """The name of each clip's split, drawn by source recording and stratified by class.
+
+    The shares are multiples of 1 / k, and so many of the k folds of scikit-learn's `StratifiedGroupKFold`. A clip of
+    several classes counts for the rarest of them.
+    """
+    shares = [Fraction(share).limit_denominator(20) for share in arguments.split_shares]
+    parts = lcm(*(share.denominator for share in shares))
+    if sum(shares) != 1 or parts > 60:
+        raise RecipeError(
+            f"split_shares: found {arguments.split_shares}, wanted multiples of 0.05, 1/3, 1/4 or the like"
+        )
+    if (groups := index["group"].nunique()) < parts:
+        raise RecipeError(
+            f"split_shares: found {groups} source recordings, wanted at least {parts} for {arguments.split_shares}"
+        )
+    rows = index.sort_values("clip", kind="stable").index.to_numpy()  # any order of the rows gives the same
+    labels = index["label"]
+    if is_multi_label(labels):
+        counts = labels.explode().value_counts()
+        labels = labels.map(lambda names: min(names, key=lambda name: (counts[name], name), default=""))
+    splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=arguments.split_seed)
+    bounds = np.cumsum([int(share * parts) for share in shares])
+    splits = np.empty(len(index), dtype=object)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class in y has only")
+        for fold, (_, held_out) in enumerate(splitter.split(rows, labels[rows], index["group"][rows])):
+            splits[rows[held_out]] = SPLITS[np.searchsorted(bounds, fold, side="right")]
+    if empty := [split for split in SPLITS if split not in splits]:
+        raise RecipeError(f"split_shares: {empty[0]} got no clip of {groups} source recordings; try another split_seed")
+    return splits
 
 
 def _kind(dataset: str) -> str:
@@ -344,13 +502,26 @@ def _hub_errors(field: str, name: str, revision: str | None, way_out: str) -> It
         raise RecipeError(f"{field}: the Hub {state}, and {way_out}") from error
 
 
-def _texts(clips: Dataset, column: str) -> list[str]:
-    """A column as text; class numbers by their names where the data set has them."""
+def _labels(clips: Dataset, arguments: DataArguments) -> list[str] | list[list[str]]:
+    """The class name of each clip, or a list of them."""
+    column = arguments.label_column
+    values = clips.with_format("arrow")[:][column].to_pylist()
+    if missing := [row for row, value in enumerate(values) if value is None or value != value]:
+        raise RecipeError(f"label_column: {len(missing)} rows have nothing in {column!r}, the first is {missing[0]}")
+    return _texts(clips, column)
+
+
+def _texts(clips: Dataset, column: str) -> list[Any]:
+    """A column as text, lists as lists of it; class numbers by their names where the data set has them."""
     feature = clips.features[column]
     values = clips.with_format("arrow")[:][column].to_pylist()
-    if isinstance(feature, ClassLabel):
-        return [feature.names[value] for value in values]
-    return [str(value) for value in values]
+    if isinstance(feature, List):
+        return [[_text(feature.feature, value) for value in row] for row in values]
+    return [_text(feature, value) for value in values]
+
+
+def _text(feature: Any, value: Any) -> str:
+    return feature.names[value] if isinstance(feature, ClassLabel) else str(value)
 
 
 def _check_leaks(groups: Series, splits: dict[str, np.ndarray], arguments: DataArguments) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Audio, Features, List, Value
 from datasets.fingerprint import Hasher
@@ -43,6 +44,11 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
     def row_width(self) -> int:
         """Numbers in a row of the features, which is a frame."""
         return self.num_mel_bins
+
+    @property
+    def window_layout(self) -> dict[str, int]:
+        """What `windows` has to know of the features."""
+        return {"max_length": self.max_length}
 
     @property
     def batch_layout(self) -> dict[str, Any]:
@@ -172,6 +178,11 @@ class Waveforms:
     def cache_key(self) -> dict[str, Any]:
         """The settings that change a number."""
         return {"waveforms": True, "sampling_rate": self.sampling_rate}
+
+    @property
+    def window_layout(self) -> dict[str, int]:
+        """What `windows` has to know of the features."""
+        return {name: getattr(self, name) for name in ("max_length", "window_length", "hop_length")}
 
     @property
     def batch_layout(self) -> dict[str, Any]:
@@ -348,12 +359,18 @@ def _extract_batch(
     )
 
 
+def feature_lengths(features: datasets.Dataset, row_width: int | None) -> np.ndarray:
+    """Frames, or with no width of a frame samples, of each row that `extract_features` gives; reads none of them."""
+    chunks = features.data.column("input_values").chunks
+    return np.concatenate([pc.list_value_length(chunk).to_numpy() for chunk in chunks]) // (row_width or 1)
+
+
 class ClipFeatures(Dataset):
     """The result of `extract_features` as examples for a model.
 
     Args:
         features: Rows with `input_values`.
-        labels: The class number of each row.
+        labels: Of each row the class number, or 0 or 1 for each class.
         num_mel_bins: Width of a frame; none for waveforms.
     """
 
@@ -366,7 +383,7 @@ class ClipFeatures(Dataset):
         return len(self._values)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One example: `input_values`, float16 (frames, num_mel_bins) or (samples,), and `labels`, the class number."""
+        """One example: `input_values`, float16 (frames, num_mel_bins) or (samples,), and `labels`."""
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -376,7 +393,7 @@ class ClipFeatures(Dataset):
             {
                 # A copy, because the cache file in memory is read-only.
                 "input_values": torch.from_numpy(clip.values.to_numpy().reshape(self._shape).copy()),
-                "labels": int(self._labels[row]),
+                "labels": self._labels[row],
             }
             for row, clip in zip(rows, clips, strict=True)
         ]
@@ -387,7 +404,7 @@ class ExactFeatures(Dataset):
 
     Args:
         clips: Rows with an audio column (bytes or paths).
-        labels: The class number of each row.
+        labels: Of each row the class number, or 0 or 1 for each class.
         extractor: Whose `features` to compute.
         audio_column: The column with the sound.
     """
@@ -408,6 +425,6 @@ class ExactFeatures(Dataset):
         return len(self._sound)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One example: `input_values`, float32 (frames, num_mel_bins) or (samples,), and `labels`, the class number."""
+        """One example: `input_values`, float32 (frames, num_mel_bins) or (samples,), and `labels`."""
         waveform = load_waveform(self._sound[row][self._audio_column], self._extractor.sampling_rate)
-        return {"input_values": self._extractor.features([waveform])[0], "labels": int(self._labels[row])}
+        return {"input_values": self._extractor.features([waveform])[0], "labels": self._labels[row]}

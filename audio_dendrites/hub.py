@@ -43,7 +43,7 @@ from transformers.trainer_utils import HubStrategy
 
 from audio_dendrites.config import RecipeError, written_whole
 from audio_dendrites.data import is_local
-from audio_dendrites.report import SCORES, is_finished, markdown_table
+from audio_dendrites.report import classes_table, is_finished, markdown_table, score_names, scores_table
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ REPORT_FILES = (
     "metrics.json",
     "predictions.parquet",
     "confusion_matrix.png",
+    "average_precision.png",
     "learning_curves.png",
     "dendrites.png",
     "comparison.json",
@@ -107,9 +108,9 @@ URBANSOUND8K = {
 HYPERPARAMETERS = (
     "learning_rate", "head_learning_rate", "layer_decay", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay",
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "label_smoothing_factor", "early_stopping_patience", "unfreeze_last_layers", "precision", "seed", "max_length",
+    "loss", "label_smoothing_factor", "balanced_sampling", "average_checkpoints", "ema_decay", "early_stopping_patience", "unfreeze_last_layers", "precision", "seed", "max_length",
     "random_crop", "time_roll", "filter_gain", "frequency_shift", "time_mask", "frequency_mask", "mixup_alpha",
-    "model_config", "pai",
+    "noise", "patchout_time", "patchout_frequency", "model_config", "pai",
 )  # fmt: skip
 
 
@@ -356,7 +357,7 @@ def model_card(
         tags=["audio-classification", architecture] + ["dendrites", "perforatedai"] * grown,
         base_model=base_model,
         datasets=None if dataset is None else [dataset],
-        metrics=["accuracy", "f1"],
+        metrics=["accuracy", "f1"] if not metrics.get("test") or "accuracy" in metrics["test"] else None,
         model_name=Path(name).name if metrics.get("test") else None,  # belongs to the results
         eval_results=_eval_results(metrics, recipe, "UrbanSound8K" if urbansound8k else metrics["dataset"]),
     )
@@ -376,8 +377,8 @@ def model_card(
         grown=grown,
         family=FAMILIES.get(architecture, architecture),
         recipe=recipe,
-        results=_results(metrics),
-        classes=_classes(metrics),
+        results=scores_table(metrics),
+        classes=classes_table(metrics["test"]) if metrics.get("test") else None,
         beside=_beside(comparison),
         comparison=comparison,
         other=other,
@@ -402,7 +403,7 @@ def _eval_results(metrics: Mapping[str, Any], recipe: Mapping[str, Any], dataset
             task_name="Audio classification",
             dataset_type=metrics["dataset"],
             dataset_name=dataset_name,
-            dataset_split=recipe["dataset_split"],
+            dataset_split=recipe.get("dataset_split") or recipe["test_split"],
             dataset_revision=None if "dataset" in metrics.get("local", []) else recipe.get("dataset_revision"),
             dataset_args={"test_folds": test["folds"], "cross_validation": False},
             metric_type=kind,
@@ -415,23 +416,8 @@ def _eval_results(metrics: Mapping[str, Any], recipe: Mapping[str, Any], dataset
             ("macro_f1", "f1", "Macro F1", {"average": "macro"}),
             ("mAP", "mAP", "Mean average precision", {"average": "macro"}),
         )
+        if key in score_names(test)
     ]
-
-
-def _results(metrics: Mapping[str, Any]) -> str | None:
-    splits = [split for split in ("validation", "test") if metrics.get(split)]
-    rows = [["split", "folds", "clips", *SCORES]]
-    for split in splits:
-        scores = metrics[split]
-        rows.append([split, " ".join(scores["folds"]), scores["clips"], *(scores[name] for name in SCORES)])
-    return markdown_table(rows) if splits else None
-
-
-def _classes(metrics: Mapping[str, Any]) -> str | None:
-    if not metrics.get("test"):
-        return None
-    rows = [[label, one["clips"], one["accuracy"], one["f1"]] for label, one in metrics["test"]["per_class"].items()]
-    return markdown_table([["class", "clips", "accuracy", "f1"], *rows])
 
 
 def _beside(comparison: Mapping[str, Any] | None) -> str | None:

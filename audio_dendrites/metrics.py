@@ -14,12 +14,16 @@ _CITATION = "Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12
 
 
 class _ScoreMetric(evaluate.Metric):
-    """A metric over `predictions`, logits (clips, classes), and `references`, class numbers (clips,)."""
+    """A metric over `predictions`, logits (clips, classes), and `references`, class numbers (clips,).
+
+    Under the configuration name "multilabel" the references are 0 or 1 for each class, (clips, classes).
+    """
 
     def _info(self) -> evaluate.MetricInfo:
+        number = datasets.Value("int64")
         features = {
             "predictions": datasets.List(datasets.Value("float32")),
-            "references": datasets.Value("int64"),
+            "references": datasets.List(number) if self.config_name == "multilabel" else number,
         }
         return evaluate.MetricInfo(
             description=type(self).__doc__,
@@ -28,9 +32,9 @@ class _ScoreMetric(evaluate.Metric):
             features=datasets.Features(features),
         )
 
-    def __init__(self, **kwargs):
+    def __init__(self, config_name: str | None = None, **kwargs):
         # Nothing is written: evaluation of two runs, or ranks, cannot meet in one cache file.
-        super().__init__(keep_in_memory=True, **kwargs)
+        super().__init__(config_name=config_name, keep_in_memory=True, **kwargs)
 
 
 class Accuracy(_ScoreMetric):
@@ -49,15 +53,16 @@ class MacroF1(_ScoreMetric):
 
 
 class MeanAveragePrecision(_ScoreMetric):
-    """mAP: area under the precision-recall curve of each class against the rest, averaged over those that occur."""
+    """mAP: area under the precision-recall curve of each class against the rest, averaged over those that occur.
+
+    The scores are the softmax; under "multilabel" the logits, which have the order of their sigmoids.
+    """
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        scores, references = softmax(np.asarray(predictions), axis=1), np.asarray(references)
-        precisions = [
-            sklearn_metrics.average_precision_score(references == label, scores[:, label])
-            for label in np.unique(references)
-        ]
-        return {"mAP": float(np.mean(precisions))}
+        scores, references = np.asarray(predictions), np.asarray(references)
+        if self.config_name != "multilabel":
+            scores, references = softmax(scores, axis=1), np.eye(scores.shape[1], dtype=int)[references]
+        return {"mAP": float(np.nanmean(average_precisions(scores, references)))}
 
 
 class PerClassAccuracy(_ScoreMetric):
@@ -71,8 +76,40 @@ class PerClassAccuracy(_ScoreMetric):
 
 # Each evaluation logs these; PerClassAccuracy is for the final report.
 EVALUATION = evaluate.combine([Accuracy(), MacroF1(), MeanAveragePrecision()])
+MULTI_LABEL_EVALUATION = MeanAveragePrecision("multilabel")
+
+
+def average_precisions(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Average precision of each class.
+
+    Args:
+        scores: (clips, classes), higher where a class is likelier.
+        references: (clips, classes), 0 or 1.
+
+    Returns:
+        (classes,), NaN for those that do not occur.
+    """
+    return np.array(
+        [
+            sklearn_metrics.average_precision_score(references[:, label], scores[:, label])
+            if references[:, label].any()
+            else np.nan
+            for label in range(scores.shape[1])
+        ]
+    )
+
+
+def evaluate_scores(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Accuracy, macro F1 and mAP, or mAP alone for multi-label clips.
+
+    Args:
+        predictions: Logits (clips, classes).
+        references: Class numbers (clips,) or 0 and 1, (clips, classes).
+    """
+    metric = EVALUATION if references.ndim == 1 else MULTI_LABEL_EVALUATION
+    return metric.compute(predictions=predictions, references=references)
 
 
 def compute_metrics(prediction) -> dict[str, float]:
-    """What the Trainer calls: accuracy, macro F1 and mAP of an `EvalPrediction`."""
-    return EVALUATION.compute(predictions=prediction.predictions, references=prediction.label_ids)
+    """What the Trainer calls: `evaluate_scores` of an `EvalPrediction`."""
+    return evaluate_scores(prediction.predictions, prediction.label_ids)

@@ -8,7 +8,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,16 @@ import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
 from pandas import DataFrame
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from sklearn.metrics import ConfusionMatrixDisplay, f1_score
-from transformers import Trainer, pipeline
+from transformers import AudioClassificationPipeline, Trainer, pipeline
 from transformers.trainer_utils import PredictionOutput
 
 from audio_dendrites.audio import load_waveform
 from audio_dendrites.config import Recipe, written_whole
-from audio_dendrites.data import is_local
-from audio_dendrites.metrics import EVALUATION, PerClassAccuracy
+from audio_dendrites.data import encode_labels, is_local, is_multi_label
+from audio_dendrites.metrics import PerClassAccuracy, average_precisions, evaluate_scores
+from audio_dendrites.windows import classify, pipeline_windows
 
 matplotlib.use("agg")
 
@@ -40,24 +42,37 @@ PACKAGES = ("torch", "torchaudio", "transformers", "datasets", "accelerate", "ev
 def score(predictions: DataFrame, labels: Sequence[str]) -> dict[str, Any]:
     """Accuracy, macro F1, mAP, and accuracy, F1 and clips of each class.
 
+    For multi-label clips: mAP, and average precision and positives of each class that has any.
+
     Args:
         predictions: As `predictions_table` makes it.
         labels: Class names in the order of the logits.
     """
     logits = np.stack(predictions["logits"])
-    references = predictions["label"].map(list(labels).index).to_numpy()
+    references = encode_labels(predictions["label"], labels)
+    scores = evaluate_scores(logits, references) | {"clips": len(predictions)}
+    if references.ndim == 2:
+        per_class = {
+            label: {"average_precision": float(precision), "positives": int(positives)}
+            for label, precision, positives in zip(
+                labels, average_precisions(logits, references), references.sum(0), strict=True
+            )
+            if positives
+        }
+        return scores | {"per_class": per_class}
     recalls = PerClassAccuracy().compute(predictions=logits, references=references)["per_class_accuracy"]
     f1 = f1_score(references, logits.argmax(1), labels=range(len(labels)), average=None, zero_division=0)
     counts = np.bincount(references, minlength=len(labels))
     per_class = {
         labels[i]: {"accuracy": recalls[i], "f1": float(f1[i]), "clips": int(counts[i])} for i in sorted(recalls)
     }
-    scores = EVALUATION.compute(predictions=logits, references=references)
-    return scores | {"clips": len(predictions), "per_class": per_class}
+    return scores | {"per_class": per_class}
 
 
 def predictions_table(index: DataFrame, output: PredictionOutput, labels: Sequence[str]) -> DataFrame:
     """One row a clip: `clip`, `fold`, `group`, `label`, `predicted` (class names) and `logits`, a list of float32.
+
+    For multi-label clips `label` is a list, and `predicted` lists the classes whose sigmoid is above 0.5.
 
     Args:
         index: Rows with `clip`, `fold`, `group` (source recording) and `label`, in the order of the predictions.
@@ -66,7 +81,11 @@ def predictions_table(index: DataFrame, output: PredictionOutput, labels: Sequen
     """
     logits = output.predictions.astype(np.float32)
     table = index[["clip", "fold", "group", "label"]].reset_index(drop=True)
-    return table.assign(predicted=[labels[i] for i in logits.argmax(1)], logits=list(logits))
+    if is_multi_label(table["label"]):
+        predicted = [[labels[i] for i in np.flatnonzero(row > 0)] for row in logits]
+    else:
+        predicted = [labels[i] for i in logits.argmax(1)]
+    return table.assign(predicted=predicted, logits=list(logits))
 
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
@@ -85,18 +104,61 @@ def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
-def summary(metrics: dict[str, Any]) -> str:
-    """The scores of a run and those of each class, as two Markdown tables."""
-    rows = [["split", "folds", "clips", *SCORES]]
-    for split in ("validation", "test"):
+def score_names(scores: Mapping[str, Any]) -> list[str]:
+    """Those of accuracy, macro_f1 and mAP that a split has: mAP alone where clips are multi-label."""
+    return [name for name in SCORES if name in scores]
+
+
+def scores_table(metrics: Mapping[str, Any]) -> str | None:
+    """The scores of the splits that there are, as a Markdown table."""
+    splits = [split for split in ("validation", "test") if metrics.get(split)]
+    if not splits:
+        return None
+    names = score_names(metrics[splits[0]])
+    rows = [["split", "folds", "clips", *names]]
+    for split in splits:
         scores = metrics[split]
-        rows.append([split, " ".join(scores["folds"]), scores["clips"], *(scores[name] for name in SCORES)])
-    classes = [["class", "clips", "accuracy", "f1"]]
-    classes += [
-        [label, scores["clips"], scores["accuracy"], scores["f1"]]
-        for label, scores in metrics["test"]["per_class"].items()
-    ]
-    return f"{markdown_table(rows)}\n\n{markdown_table(classes)}"
+        rows.append([split, " ".join(scores["folds"]), scores["clips"], *(scores[name] for name in names)])
+    return markdown_table(rows)
+
+
+def classes_table(test: Mapping[str, Any]) -> str:
+    """The scores of each class in the test, as a Markdown table."""
+    columns = ("clips", "accuracy", "f1") if "accuracy" in test else ("positives", "average_precision")
+    rows = [[label, *(scores[column] for column in columns)] for label, scores in test["per_class"].items()]
+    return markdown_table([["class", *columns], *rows])
+
+
+def plot_classes(predictions: DataFrame, labels: Sequence[str], title: str, folder: Path, suffix: str = "") -> Path:
+    """The picture of a test: a confusion matrix or, for multi-label clips, the average precision of each class.
+
+    Args:
+        predictions: As `predictions_table` makes it.
+        labels: Class names in the order of the logits.
+        title: Over the picture.
+        folder: Where to.
+        suffix: Of the file's name.
+
+    Returns:
+        confusion_matrix<suffix>.png or average_precision<suffix>.png there.
+    """
+    multi_label = is_multi_label(predictions["label"])
+    path = folder / f"{'average_precision' if multi_label else 'confusion_matrix'}{suffix}.png"
+    (plot_average_precision if multi_label else plot_confusion)(predictions, labels, title, path)
+    return path
+
+
+def plot_average_precision(predictions: DataFrame, labels: Sequence[str], title: str, path: Path) -> None:
+    """A bar for each class that has clips, the best on top."""
+    per_class = score(predictions, labels)["per_class"]
+    ranked = sorted(per_class, key=lambda label: per_class[label]["average_precision"])
+    figure = Figure(figsize=(8, 1.5 + 0.22 * len(ranked)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(ranked, [per_class[label]["average_precision"] for label in ranked])
+    axes.set(title=title, xlabel="average precision", xlim=(0, 1))
+    axes.margins(y=0.01)
+    axes.grid(axis="x", alpha=0.3)
+    _save_figure(figure, path)
 
 
 def plot_confusion(predictions: DataFrame, labels: Sequence[str], title: str, path: Path) -> None:
@@ -168,8 +230,8 @@ def write_run(
     metrics = run_metrics(recipe, trainer, labels, predictions, skipped)
     # The picture may be published: of a local data set it shows the name, not where it lies.
     dataset = Path(recipe.data.dataset).name if "dataset" in metrics["local"] else recipe.data.dataset
-    title = f"{dataset}, test fold {' '.join(recipe.data.test_folds)}"
-    plot_confusion(predictions["test"], labels, title, folder / "confusion_matrix.png")
+    title = f"{dataset}, test fold {' '.join(recipe.data.folds['test'])}"
+    plot_classes(predictions["test"], labels, title, folder)
     plot_learning_curves(trainer.state.log_history, trainer.args.metric_for_best_model, folder / "learning_curves.png")
     with written_whole(folder / "predictions.parquet") as path:
         predictions["test"].to_parquet(path, index=False)
@@ -177,7 +239,9 @@ def write_run(
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def check_pipeline(folder: Path, clips: Dataset, audio_column: str, predictions: DataFrame) -> None:
+def check_pipeline(
+    folder: Path, clips: Dataset, audio_column: str, predictions: DataFrame, loss: str = "cross_entropy"
+) -> None:
     """Load the folder as its users will, and see that it says of some clips what the trained model said.
 
     Args:
@@ -185,26 +249,35 @@ def check_pipeline(folder: Path, clips: Dataset, audio_column: str, predictions:
         clips: Rows with the sound, not decoded, of `predictions`' clips; eight or so of them are heard.
         audio_column: Where it is.
         predictions: As `predictions_table` makes it.
+        loss: What the model was trained with: of bce the scores are the sigmoid, else the softmax.
 
     Raises:
         RuntimeError: The scores differ by more than 1e-3.
     """
-    classify = pipeline("audio-classification", model=str(folder), trust_remote_code=True)
-    rate, rows = classify.feature_extractor.sampling_rate, range(0, len(clips), 1 + len(clips) // 9)
+    loaded = pipeline("audio-classification", model=str(folder), trust_remote_code=True)
+    rate, rows = loaded.feature_extractor.sampling_rate, range(0, len(clips), 1 + len(clips) // 9)
     expected = predictions.iloc[rows]
-    names = classify.model.config.id2label.values()
+    names = list(loaded.model.config.id2label.values())
     waveforms = [load_waveform(audio, rate) for audio in clips.with_format("arrow")[rows][audio_column].to_pylist()]
-    found = [{one["label"]: one["score"] for one in scores} for scores in classify(waveforms, top_k=len(names))]
-    scores = np.array([[clip[name] for name in names] for clip in found])
-    difference = np.abs(scores - softmax(np.stack(expected["logits"]), axis=1)).max()
+    activate = expit if loss == "bce" else partial(softmax, axis=-1)
+    scores = np.stack([_pipeline_scores(loaded, waveform, activate) for waveform in waveforms])
+    difference = np.abs(scores - activate(np.stack(expected["logits"]))).max()
     if not difference < 1e-3:
         raise RuntimeError(f"{folder}: pipeline's scores are {difference:.2g} from those of the trained model")
     rows = [["clip", "class", "pipeline says", "score"]]
     rows += [
-        [clip, label, max(scores, key=scores.get), max(scores.values())]
-        for clip, label, scores in zip(expected["clip"], expected["label"], found, strict=True)
+        [clip, label if isinstance(label, str) else ", ".join(label), names[found.argmax()], float(found.max())]
+        for clip, label, found in zip(expected["clip"], expected["label"], scores, strict=True)
     ]
     print(f"\nLoaded by pipeline, scores within {difference:.1g}:\n{markdown_table(rows)}", flush=True)
+
+
+def _pipeline_scores(loaded: AudioClassificationPipeline, waveform: np.ndarray, activate: Callable) -> np.ndarray:
+    """Scores (classes,): of a clip that fits into the model's window those that the pipeline itself gives."""
+    if len(pipeline_windows(loaded, len(waveform))) > 1:
+        return activate(classify(loaded, waveform))
+    found = {answer["label"]: answer["score"] for answer in loaded(waveform, top_k=loaded.model.config.num_labels)}
+    return np.array([found[name] for name in loaded.model.config.id2label.values()])
 
 
 def is_finished(folder: Path) -> bool:
@@ -215,19 +288,18 @@ def is_finished(folder: Path) -> bool:
 def print_summary(folder: Path) -> None:
     """Show the scores of a finished run on the terminal."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    print(f"\n{summary(metrics)}\n\nRun folder: {folder}", flush=True)
+    print(f"\n{scores_table(metrics)}\n\n{classes_table(metrics['test'])}\n\nRun folder: {folder}", flush=True)
 
 
 def run_metrics(
     recipe: Recipe, trainer: Trainer, labels: Sequence[str], predictions: dict[str, DataFrame], skipped: Sequence[str]
 ) -> dict[str, Any]:
     """What metrics.json holds: scores of both splits, size and length of the training, and where it ran."""
-    folds = {"validation": recipe.data.validation_folds, "test": recipe.data.test_folds}
     state = trainer.state
     timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
     return {
         **run_facts(recipe, trainer, labels),
-        **{split: score(table, labels) | {"folds": folds[split]} for split, table in predictions.items()},
+        **{split: score(table, labels) | {"folds": recipe.data.folds[split]} for split, table in predictions.items()},
         "best_step": state.best_global_step,
         "averaged_steps": getattr(trainer, "averaged_steps", []),  # else the best step's weights are the final ones
         "steps": state.global_step,
@@ -243,10 +315,10 @@ def running_metrics(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
     state = trainer.state
     facts = run_facts(recipe, trainer, list(trainer.model.config.id2label.values()))
     found = facts | {"running": {"step": state.global_step, "max_steps": state.max_steps}}
-    log = next((log for log in reversed(state.log_history) if f"eval_{SCORES[0]}" in log), None)
+    log = next((log for log in reversed(state.log_history) if "eval_mAP" in log), None)
     if log is not None:
-        scores = {name: log[f"eval_{name}"] for name in SCORES}
-        found["validation"] = scores | {"clips": len(trainer.eval_dataset), "folds": recipe.data.validation_folds}
+        scores = {name: log[f"eval_{name}"] for name in SCORES if f"eval_{name}" in log}
+        found["validation"] = scores | {"clips": len(trainer.eval_dataset), "folds": recipe.data.folds["validation"]}
     return found
 
 

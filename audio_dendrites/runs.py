@@ -24,6 +24,10 @@ def read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
                 "goes on with it"
             )
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if "accuracy" not in metrics["test"]:
+        raise RecipeError(
+            f"{folder} was tested on multi-label clips, wanted clips of one class each: it has no accuracy"
+        )
     predictions = pandas.read_parquet(folder / "predictions.parquet")
     if "group" not in predictions:
         raise RecipeError(

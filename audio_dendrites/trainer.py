@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,16 +19,18 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from audio_dendrites import hub
 from audio_dendrites.averaging import MovingAverage, average_weights
-from audio_dendrites.config import Recipe, RecipeError
+from audio_dendrites.config import Recipe, RecipeError, RunArguments
 from audio_dendrites.export import ExportError, export_dendritic
 from audio_dendrites.report import running_metrics
+from audio_dendrites.windows import ClipWindows
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class CheckpointError(RuntimeError):
 
 
 class AudioTrainer(Trainer):
-    """Trainer for clips.
+    """Trainer for clips. Where it evaluates `ClipWindows`, metrics and predictions are of whole clips.
 
     transformers 5 saves a model under the Hub's old tensor names, but its Trainer resumes and loads the best model by
     the live ones and passes over what it does not find: an AST's encoder stays as it was. Here checkpoints hold live
@@ -58,6 +60,8 @@ class AudioTrainer(Trainer):
 
     Args:
         learning_rates: Learning rate of each parameter by name; none gives all `args.learning_rate`.
+        loss: cross_entropy or bce, as in `classification_loss`.
+        train_sampler: Draws the training clips; none shuffles them.
         average_checkpoints: End with the mean weights of so many last checkpoints in the place of the best one's.
         ema_decay: Evaluate, and end with, the moving average of the weights; see `MovingAverage`.
         recipe: As resolved, and
@@ -74,15 +78,20 @@ class AudioTrainer(Trainer):
     def __init__(
         self,
         *args,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         learning_rates: dict[str, float] | None = None,
+        loss: str = "cross_entropy",
+        train_sampler: Sampler | None = None,
         average_checkpoints: int | None = None,
         ema_decay: float | None = None,
         recipe: Recipe | None = None,
         card_template: Path | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        self.clip_metrics = compute_metrics
+        super().__init__(*args, compute_metrics=compute_metrics and self._score_clips, **kwargs)
         self.learning_rates, self.recipe, self.card_template = learning_rates, recipe, card_template
+        self.train_sampler = train_sampler
         self.averaged_steps: list[int] = []
         self.ema = None if ema_decay is None else MovingAverage(ema_decay)
         if self.ema is not None:
@@ -92,7 +101,12 @@ class AudioTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):  # its default folder is named after the host
                 callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
-        self.compute_loss_func = partial(classification_loss, label_smoothing=self.args.label_smoothing_factor)
+        self.compute_loss_func = partial(
+            classification_loss, label_smoothing=self.args.label_smoothing_factor, loss=loss
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.learning_rates is None or self.optimizer is not None:
@@ -111,14 +125,24 @@ class AudioTrainer(Trainer):
         )
         return self.optimizer
 
+    def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs):
+        self._evaluated = dataloader.dataset
+        with self._averaged():
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if output.predictions is None or not isinstance(self._evaluated, ClipWindows):
+            return output
+        logits, labels = self._evaluated.by_clip(output.predictions, output.label_ids)
+        return output._replace(predictions=logits, label_ids=labels)
+
+    def _score_clips(self, windows: EvalPrediction) -> dict[str, float]:
+        if isinstance(self._evaluated, ClipWindows):
+            windows = EvalPrediction(*self._evaluated.by_clip(windows.predictions, windows.label_ids))
+        return self.clip_metrics(windows)
+
     def predict_in_fp32(self, dataset):
         """`predict` without autocast, so that the scores are those `pipeline` will give."""
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         return self.predict(dataset, metric_key_prefix="test")
-
-    def evaluation_loop(self, *args, **kwargs):
-        with self._averaged():
-            return super().evaluation_loop(*args, **kwargs)
 
     def _averaged(self) -> contextlib.AbstractContextManager:
         """In which the model has the moving average of its weights, if there is one."""
@@ -256,24 +280,60 @@ class _AverageAtEnd(TrainerCallback):
         self.trainer.load_average(self.count)
 
 
+def resolve_loss(args: RunArguments, multi_label: bool) -> str:
+    """The loss that `auto` stands for.
+
+    Args:
+        args: With `loss`.
+        multi_label: Whether clips have lists of labels.
+
+    Returns:
+        cross_entropy or bce.
+
+    Raises:
+        RecipeError: The loss cannot be had for such labels or with label smoothing, or the metric that chooses the
+            checkpoint cannot.
+    """
+    loss = args.loss if args.loss != "auto" else "bce" if multi_label else "cross_entropy"
+    if multi_label and loss == "cross_entropy":
+        raise RecipeError("loss: found cross_entropy, but the clips have lists of labels: wanted bce or auto")
+    if loss == "bce" and args.label_smoothing_factor:
+        raise RecipeError(f"label_smoothing_factor: found {args.label_smoothing_factor}, wanted none with the loss bce")
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
+    if multi_label and metric in ("accuracy", "macro_f1"):
+        raise RecipeError(f"metric_for_best_model: found {metric}, wanted mAP or loss: the clips have lists of labels")
+    return loss
+
+
 def classification_loss(
-    outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, label_smoothing: float = 0.0
+    outputs,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+    loss: str = "cross_entropy",
 ) -> torch.Tensor:
-    """Cross-entropy, averaged over the clips of an optimizer step.
+    """Cross-entropy, or the binary one averaged over the classes; averaged over the clips of an optimizer step.
 
     Args:
         outputs: With `logits`, (batch, classes).
-        labels: Class numbers (batch,) or, after mixup, probabilities (batch, classes).
+        labels: Class numbers (batch,) or, after mixup or for multi-label clips, 0 to 1 (batch, classes).
         num_items_in_batch: Entries of `labels` in all micro-batches and processes of the step, as the Trainer counts
             them; none averages over this batch.
-        label_smoothing: Share of the probability spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
+        label_smoothing: Share of the probability spread over all classes (Szegedy et al. 2016, arXiv:1512.00567); of
+            the cross-entropy alone.
+        loss: cross_entropy, or bce: each class against the rest, as AST's authors train AudioSet and Speech Commands.
 
     Returns:
         The loss, a float32 scalar.
     """
-    loss = nn.functional.cross_entropy(outputs.logits.float(), labels, label_smoothing=label_smoothing, reduction="sum")
-    entries_a_clip = labels[0].numel()
-    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch / entries_a_clip)
+    logits = outputs.logits.float()
+    clips = len(labels) if num_items_in_batch is None else num_items_in_batch / labels[0].numel()
+    if loss == "bce":
+        targets = nn.functional.one_hot(labels, logits.shape[1]).float() if labels.dim() == 1 else labels
+        summed = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / logits.shape[1]
+    else:
+        summed = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+    return summed / clips
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import pytest
 import soundfile
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, List
 from hub.server import WRITE_TOKEN, Hub
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +91,24 @@ def write_tones(path: Path) -> Path:
 def tones(tmp_path) -> Path:
     """The file of `write_tones`."""
     return write_tones(tmp_path / "tones.parquet")
+
+
+@pytest.fixture
+def chords(tones) -> Path:
+    """`tones` with two columns of lists: `kinds`, high, low, both or neither, and `numbers`, the same as numbers."""
+    rows = Dataset.from_parquet(str(tones)).to_list()
+    kinds = [["low"], ["high"], ["high", "low"], [], ["low"], ["low", "high"]]
+    for row, clip in enumerate(rows):
+        clip["kinds"] = kinds[row % 6]
+        parts = [tone({"low": 300, "high": 3000}[kind], 0.3 + 0.02 * row, seed=row) for kind in clip["kinds"]]
+        clip["audio"]["bytes"] = wav(sum(parts) if parts else 0.1 * tone(1000, 0.3, seed=row))
+        clip["numbers"] = [("high", "low").index(kind) for kind in clip["kinds"]]
+    clips = Dataset.from_list(rows)
+    clips = clips.cast_column("numbers", List(ClassLabel(names=["high", "low"])))
+    path = tones.with_name("chords.parquet")
+    clips.to_parquet(path)
+    tones.unlink()
+    return path
 
 
 TONES = {  # recipe fields for `tones`

@@ -83,6 +83,19 @@ def test_the_saved_recipe_is_the_same_run(recipe, tmp_path):
     assert second.to_dict()["seed"] == 5 and second.to_dict()["lr_scheduler_type"] == "linear"
 
 
+def test_each_way_to_divide_the_data_survives_the_saved_recipe(recipe, tmp_path):
+    for text, folds in (
+        ("split_shares: [0.8, 0.1, 0.1]\nsplit_seed: 3", {"train": ["train"], "test": ["test"]}),
+        ("train_split: a\nvalidation_split: b\ntest_split: b", {"train": ["a"], "validation": ["b"]}),
+        ("fold_column: part\ntrain_folds: [x, y]", {"train": ["x", "y"], "validation": ["9"], "test": ["10"]}),
+    ):
+        write_yaml(parse_recipe([recipe(text)]), tmp_path / "config.yaml")
+        data = parse_recipe([str(tmp_path / "config.yaml")]).data
+        assert folds.items() <= data.folds.items() and data == parse_recipe([recipe(text)]).data
+    with pytest.raises(RecipeError, match="split_shares .drawn shares.: wanted one way to divide"):
+        parse_recipe([recipe("split_shares: [0.8, 0.1, 0.1]"), "--train_folds", "1"])
+
+
 def test_no_token_is_saved(recipe, tmp_path):
     write_yaml(parse_recipe([recipe("seed: 1"), "--hub_token", "hf_secret"]), tmp_path / "config.yaml")
     assert "hf_secret" not in (tmp_path / "config.yaml").read_text()

@@ -4,11 +4,13 @@ import logging
 import numpy as np
 import pytest
 import soundfile
-from conftest import TONES
+from conftest import TONES, tone
 from datasets import ClassLabel, Dataset
+from pandas import DataFrame, Series
 from transformers import ASTFeatureExtractor
 
 from audio_dendrites import data as data_module
+from audio_dendrites.audio import load_waveform
 from audio_dendrites.config import DataArguments, RecipeError
 from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
 
@@ -24,9 +26,13 @@ def test_a_parquet_file_a_folder_and_the_index(tones):
         assert index.iloc[9].to_dict() == {"fold": "2", "label": "high", "clip": "clip-9", "group": "4"}
 
 
-def test_without_names_or_recordings_rows_stand_for_themselves(tones):
+def test_without_names_or_recordings_paths_or_rows_stand_for_themselves(tones):
     clips, index = load_clips(arguments(tones, clip_column=None, group_column=None))
-    assert clips.column_names == ["audio"] and index.iloc[9][["clip", "group"]].tolist() == ["000009", "000009"]
+    assert clips.column_names == ["audio"] and index.iloc[9][["clip", "group"]].tolist() == ["9.wav", "9.wav"]
+    rows = [row | {"audio": row["audio"] | {"path": None}} for row in Dataset.from_parquet(str(tones)).to_list()]
+    Dataset.from_list(rows).to_parquet(tones)
+    _, index = load_clips(arguments(tones, clip_column=None))
+    assert index["clip"].tolist()[9] == "000009"
 
 
 def test_class_ids_get_the_names_the_data_set_has(tmp_path):
@@ -47,12 +53,12 @@ def test_classes_are_sorted_whatever_the_order_of_the_rows(tones):
     assert class_names(index, splits, arguments(tones, labels=["low", "high"])) == ["low", "high"]
 
 
-def test_splits_are_the_folds(tones):
+def test_splits_are_the_folds_in_the_order_of_the_names(tones):
     _, index = load_clips(arguments(tones))
     splits = split_by_fold(index, arguments(tones))
     assert {split: rows.tolist() for split, rows in splits.items()} == {
         "train": list(range(8)),
-        "validation": list(range(8, 16)),
+        "validation": [*range(10, 16), 8, 9],
         "test": list(range(16, 24)),
     }
 
@@ -121,7 +127,7 @@ def test_bad_clips_are_all_named_or_skipped_and_listed(caplog):
         good, bad = drop_bad_clips(splits, errors, "skip")
     assert {split: rows.tolist() for split, rows in good.items()} == {"train": [0, 2], "validation": [3], "test": [4]}
     assert bad == ["b.wav: silent", "f.wav: empty"] and "Skipped b.wav: silent" in caplog.text
-    with pytest.raises(RecipeError, match="validation_folds: none of the 1 clips"):
+    with pytest.raises(RecipeError, match="none of the 1 validation clips"):
         drop_bad_clips(splits, ["", "", "", "d.wav: silent", "", ""], "skip")
 
 
@@ -156,3 +162,126 @@ def test_stats_tell_what_a_recipe_trains_on(tones, tmp_path, capsys):
     energies = np.concatenate(energies)
     mean, std = (float(line[1]) for line in table if line and line[0] in ("mean:", "std:"))
     assert (mean, std) == (pytest.approx(energies.mean(), abs=1e-3), pytest.approx(energies.std(), abs=1e-3))
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    """Clips of the classes dog and train, at several depths, once as they are and once below two splits."""
+    for split in ("", "fit", "held_out"):
+        for row in range(8):
+            folder = tmp_path / ("splits" if split else "plain") / split / ("dog/near", "train")[row % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            folder = folder.parent if row == 2 else folder
+            soundfile.write(folder / f"{row}.flac", tone(500), 16000)
+    return tmp_path
+
+
+SHARES = {"split_shares": [0.5, 0.25, 0.25]}
+
+
+def test_a_folder_of_class_folders(class_folders):
+    data = DataArguments(dataset=str(class_folders / "plain"), **SHARES)
+    with pytest.raises(RecipeError, match="'near'"):  # the nearest folder names the class
+        class_names(load_clips(data)[1], {"train": np.arange(8)}, DataArguments(labels=["dog", "train"]))
+    for path in (class_folders / "plain" / "dog" / "near").iterdir():
+        path.rename(path.parent.parent / path.name)
+    clips, index = load_clips(data)
+    assert dict(zip(index["clip"], index["label"], strict=True)) == {
+        f"{kind}/{row}.flac": kind for row in range(8) for kind in [("dog", "train")[row % 2]]
+    }
+    assert load_waveform(clips[0]["audio"]).shape == (8000,)
+    before = clips._fingerprint
+    soundfile.write(class_folders / "plain" / "train" / "1.flac", tone(900), 16000)
+    assert load_clips(data)[0]._fingerprint != before
+    soundfile.write(class_folders / "plain" / "stray.wav", tone(900), 16000)
+    with pytest.raises(RecipeError, match="stray.wav in no class folder"):
+        load_clips(data)
+
+
+def test_splits_of_its_own(class_folders):
+    splits = {"train_split": "fit", "validation_split": "held_out", "test_split": "held_out"}
+    data = DataArguments(dataset=str(class_folders / "splits"), **splits)
+    _, index = load_clips(data)
+    rows = split_by_fold(index, data)
+    assert [len(rows[split]) for split in ("train", "validation", "test")] == [8, 8, 8]
+    assert set(index["fold"].iloc[rows["train"]]) == {"fit"} and len(index) == 16
+    with pytest.raises(RecipeError, match="no folder dev in .*, wanted fit/, dev/"):
+        load_clips(DataArguments(dataset=str(class_folders / "splits"), **splits | {"validation_split": "dev"}))
+
+
+def test_paths_in_a_csv_or_parquet_file_are_relative_to_it(class_folders):
+    rows = [
+        {"file": f"plain/train/{row}.flac", "kind": "low" if row < 4 else "high", "part": row % 3}
+        for row in (1, 3, 5, 7)
+    ]
+    DataFrame(rows).to_csv(class_folders / "clips.csv", index=False)
+    DataFrame(rows).to_parquet(class_folders / "clips.parquet")
+    for name in ("clips.csv", "clips.parquet"):
+        clips, index = load_clips(
+            DataArguments(
+                dataset=str(class_folders / name), audio_column="file", label_column="kind", fold_column="part"
+            )
+        )
+        assert load_waveform(clips[3]["file"]).shape == (8000,)
+        assert index.iloc[3].to_dict() == {
+            "fold": "1", "label": "high", "clip": "plain/train/7.flac", "group": "plain/train/7.flac",
+        }  # fmt: skip
+
+
+def drawn(index, **changes):
+    data = DataArguments(dataset="x", split_shares=[0.6, 0.2, 0.2], **changes)
+    return Series(data_module._drawn_splits(index, data), index["clip"]).sort_index()
+
+
+def test_drawn_shares_keep_recordings_together_and_classes_apart():
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(200), random.integers(1, 6, 200))
+    index = DataFrame({"group": groups.astype(str), "label": [f"class {group % 4}" for group in groups]})
+    index["clip"] = [f"{row:04}" for row in range(len(index))]
+    splits = drawn(index)
+    table = index.assign(split=splits.to_numpy())
+    assert table.groupby("group")["split"].nunique().max() == 1
+    shares = table.groupby("label")["split"].value_counts(normalize=True).unstack()
+    assert np.abs(shares[["train", "validation", "test"]] - [0.6, 0.2, 0.2]).max().max() < 0.06
+    assert drawn(index.sample(frac=1, random_state=1).reset_index(drop=True)).equals(splits)
+    assert not drawn(index, split_seed=1).equals(splits)
+    with pytest.raises(RecipeError, match="found 4 source recordings, wanted at least 5"):
+        drawn(index[index["group"].astype(int) < 4].reset_index(drop=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"split_shares": [0.8, 0.1, 0.1], "train_folds": ["1"]},
+            "train_folds .folds.; split_shares .drawn shares.: wan",
+        ),
+        ({"train_split": "train", "fold_column": "fold"}, "fold_column .folds.; train_split"),
+        ({"train_split": "train", "test_split": "test"}, "validation_split: found none"),
+        ({"split_shares": [0.8, 0.1]}, "split_shares: found 0.8 0.1, wanted three"),
+        ({"split_shares": [0.8, 0.3, -0.1]}, "wanted three numbers above 0"),
+        ({"split_seed": 3}, "split_shares: found none"),
+        (
+            {"train_split": "a", "validation_split": "b", "test_split": "c", "dataset_split": "train"},
+            "dataset_split: found train beside train_split",
+        ),
+    ],
+)
+def test_two_ways_to_divide_are_an_error(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        DataArguments(**fields)
+
+
+def test_clips_without_a_label_or_a_path_are_an_error(tmp_path):
+    (tmp_path / "x.csv").write_text("audio,label,fold\na.wav,dog,1\nb.wav,,1\n")
+    with pytest.raises(RecipeError, match="label_column: 1 rows have nothing in 'label', the first is 1"):
+        load_clips(DataArguments(dataset=str(tmp_path / "x.csv")))
+    (tmp_path / "x.csv").write_text("audio,label,fold\n,dog,1\nb.wav,cat,1\n")
+    with pytest.raises(RecipeError, match="audio_column: 1 rows have no path"):
+        load_clips(DataArguments(dataset=str(tmp_path / "x.csv")))
+    with pytest.raises(RecipeError, match="dataset: found the file .*x.txt, wanted .parquet or .csv"):
+        (tmp_path / "x.txt").write_text("a.wav dog")
+        load_clips(DataArguments(dataset=str(tmp_path / "x.txt")))
+    with pytest.raises(RecipeError, match="train_split: .*x.csv has no splits of its own"):
+        splits = {"train_split": "a", "validation_split": "b", "test_split": "c"}
+        load_clips(DataArguments(dataset=str(tmp_path / "x.csv"), **splits))

@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT
 from torch.utils.data import DataLoader
 
-from data_collator import AugmentedClips, SpectrogramCollator
+from data_collator import AugmentedClips, BalancedSampler, SpectrogramCollator
 
 BANDS = 128
 
@@ -151,6 +151,43 @@ def test_mixup_weights_follow_beta():
     own = labels[torch.arange(3000), torch.arange(3000) % 3]
     assert abs(own.mean() - 0.5) < 0.02
     assert abs(own.var() - 1 / (4 * (2 * 0.4 + 1))) < 0.01  # variance of Beta(a, a)
+
+
+def test_noise_is_uniform_up_to_a_level_that_is_drawn_and_lies_over_masks_and_padding():
+    examples = drawn(noise(300, frames=8))
+    settings = {"max_length": 12, "time_mask": 4}
+    plain, noisy = (SpectrogramCollator(**settings, noise=level)(examples)["input_values"] for level in (0, 0.1))
+    added = (noisy - plain).reshape(300, -1)
+    highest = added.max(1).values
+    assert (added > -1e-6).all() and 0.098 < highest.max() <= 0.1001 and 0.04 < highest.mean() < 0.06
+    assert torch.allclose(added.mean(1) / highest, torch.tensor(0.5), atol=0.05)
+    again = SpectrogramCollator(**settings, noise=0.1)(examples[:1])["input_values"]
+    assert torch.equal(again[0], noisy[0])
+
+
+def test_balanced_sampling_weighs_a_clip_by_the_rarity_of_its_classes():
+    labels = np.array([[1, 0, 0]] * 90 + [[0, 1, 0]] * 8 + [[0, 1, 1]] * 2)
+    clips = AugmentedClips([{"input_values": torch.zeros(1, 1), "labels": 0}] * 100)
+    sampler = BalancedSampler(clips, labels)
+    weights = np.array([1000 / 90.01] * 90 + [1000 / 10.01] * 8 + [1000 / 10.01 + 1000 / 2.01] * 2)
+    assert np.allclose(sampler.probabilities, weights / weights.sum())
+    counts = np.zeros(100)
+    for epoch in range(300):
+        clips.set_epoch(epoch)
+        np.add.at(counts, [row for row, _ in sampler], 1)
+    assert counts.sum() == 30_000 and abs(counts[98:].mean() / counts[90:98].mean() - weights[99] / weights[90]) < 0.4
+    assert np.allclose(BalancedSampler(clips, [0] * 75 + [1] * 25).probabilities[[0, 99]], [1 / 150, 1 / 50], rtol=1e-3)
+
+
+def test_a_clip_that_is_drawn_again_is_augmented_otherwise_and_all_the_same_in_every_process():
+    clips = AugmentedClips(noise(6), seed=4)
+    keys = list(BalancedSampler(clips, [0, 0, 0, 0, 0, 1]))
+    assert len(set(keys)) == len(keys) == 6 and keys == list(BalancedSampler(clips, [0, 0, 0, 0, 0, 1]))
+    clips.set_epoch(1)
+    assert list(BalancedSampler(clips, [0, 0, 0, 0, 0, 1])) != keys
+    collator = SpectrogramCollator(50, time_roll=9, time_mask=9)
+    first, again, plain = collator(clips.__getitems__([(2, 0), (2, 1), 2]))["input_values"]
+    assert torch.equal(first, plain) and not torch.equal(first, again)
 
 
 def test_mixup_without_num_labels_is_an_error():

@@ -189,17 +189,18 @@ def test_a_checkpoint_that_lacks_a_tensor_is_an_error(recipe, tmp_path):
         run(recipe(num_train_epochs=1))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resume_in_the_middle_of_an_epoch_is_tensor_identical(recipe, tmp_path, accumulation):
+@pytest.mark.parametrize(("accumulation", "balanced"), [(1, False), (2, False), (1, True)])
+def test_resume_in_the_middle_of_an_epoch_is_tensor_identical(recipe, tmp_path, accumulation, balanced):
     options = {
         "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 99,
         "num_train_epochs": 2, "gradient_accumulation_steps": accumulation, "dataloader_num_workers": 1,
+        "balanced_sampling": balanced,
         "model_config": TINY_AST | {"hidden_dropout_prob": 0.1}, "patchout_time": 1, "patchout_frequency": 2,
     }  # fmt: skip
     run(recipe(**options))
     whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")
     last = 8 // accumulation
-    for step in range(1, last):
+    for step in (5, 6) if balanced else range(1, last):
         shutil.rmtree(tmp_path / "run")
         shutil.copytree(whole, tmp_path / "run", ignore=lambda _, names, step=step: [
             name for name in names
@@ -288,9 +289,19 @@ def test_a_checkpoint_of_another_class_count_is_an_error(recipe, tmp_path):
         )
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(recipe, tmp_path):
+def test_the_same_clips_in_another_order_give_the_same_model(recipe, tones, tmp_path):
+    run(recipe(num_train_epochs=1))
+    rows = load_dataset("parquet", data_files=str(tones), split="train").to_list()
+    Dataset.from_list([rows[i] for i in np.random.default_rng(0).permutation(len(rows))]).to_parquet(tones)
+    run(recipe(num_train_epochs=1), "--output_dir", str(tmp_path / "shuffled"))
+    first, second = (tmp_path / name / "model.safetensors" for name in ("run", "shuffled"))
+    assert_same_tensors(load_file(first), load_file(second))
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_two_processes_train_as_one_with_twice_the_batch(recipe, tmp_path, balanced):
     # SGD, because Adam turns a rounding error in a gradient near zero into a step of the learning rate's size.
-    path = recipe(num_train_epochs=2, mixup_alpha=0.0, optim="sgd", learning_rate=0.1)
+    path = recipe(num_train_epochs=2, mixup_alpha=0.0, optim="sgd", learning_rate=0.1, balanced_sampling=balanced)
     run(path, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one"))
     run(path, "--learning_rate", "0", "--output_dir", str(tmp_path / "start"))
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command(path)[1:]]

@@ -1,0 +1,163 @@
+"""Clips with lists of labels: from the column of lists to the pipeline's sigmoid."""
+
+import json
+
+import numpy as np
+import pandas
+import pytest
+import torch
+import yaml
+from conftest import TINY_AST, TINY_CNN14, TONES
+from pandas import DataFrame, Series
+from sklearn.metrics import average_precision_score
+from transformers import pipeline
+from transformers.trainer_utils import EvalPrediction
+
+import compare
+import crossval
+import train
+from audio_dendrites.config import DataArguments, RecipeError, RunArguments, parse_recipe
+from audio_dendrites.data import _drawn_splits, class_names, encode_labels, load_clips, split_by_fold
+from audio_dendrites.metrics import compute_metrics
+from audio_dendrites.report import score, summary
+from audio_dendrites.trainer import classification_loss, resolve_loss
+from data_collator import AugmentedClips, SpectrogramCollator, WaveformCollator
+
+
+def arguments(dataset, **changes):
+    return DataArguments(**{"dataset": str(dataset), **TONES, "label_column": "kinds", **changes})
+
+
+@pytest.mark.parametrize("column", ["kinds", "numbers"])
+def test_a_column_of_lists_gives_a_number_for_each_class(chords, column):
+    data = arguments(chords, label_column=column)
+    _, index = load_clips(data)
+    labels = class_names(index, split_by_fold(index, data), data)
+    assert labels == ["high", "low"] and index["label"][5] in (["low", "high"], ["high", "low"])
+    encoded = encode_labels(index["label"], labels)
+    assert encoded.dtype == np.float32
+    assert encoded[:6].tolist() == [[0, 1], [1, 0], [1, 1], [0, 0], [0, 1], [1, 1]]
+    with pytest.raises(RecipeError, match="'low', which is not among high, middle"):
+        class_names(index, split_by_fold(index, data), arguments(chords, labels=["high", "middle"]))
+
+
+def test_drawn_shares_spread_the_rare_classes():
+    names = [["a"] * (row % 2 == 0) + ["b"] * (row % 3 == 0) + ["rare"] * (row % 20 == 0) for row in range(200)]
+    index = DataFrame({"label": names, "clip": [f"{row:03}" for row in range(200)]})
+    index["group"] = index["clip"]
+    splits = Series(_drawn_splits(index, DataArguments(split_shares=[0.6, 0.2, 0.2])))
+    assert splits[index["label"].map(lambda found: "rare" in found)].value_counts().to_dict() == {
+        "train": 6, "validation": 2, "test": 2,
+    }  # fmt: skip
+
+
+def test_binary_cross_entropy_is_the_mean_over_clips_and_classes():
+    logits, labels = torch.randn(6, 4), (torch.rand(6, 4) > 0.5).float()
+    whole = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+
+    def loss(rows, labels, entries=None):
+        return classification_loss(type("Outputs", (), {"logits": logits[rows]}), labels[rows], entries, loss="bce")
+
+    assert torch.allclose(loss(slice(6), labels), whole)
+    assert torch.allclose(loss(slice(2), labels, 24) + loss(slice(2, 6), labels, 24), whole)
+    hard = labels.argmax(1)  # one class each, against the rest
+    whole = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.eye(4)[hard])
+    assert torch.allclose(loss(slice(2), hard, 6) + loss(slice(2, 6), hard, 6), whole)
+
+
+@pytest.mark.parametrize(
+    ("fields", "multi_label", "message"),
+    [
+        ({"loss": "cross_entropy", "metric_for_best_model": "mAP"}, True, "loss: found cross_entropy"),
+        ({"loss": "bce", "label_smoothing_factor": 0.1}, False, "label_smoothing_factor: found 0.1"),
+        ({}, True, "metric_for_best_model: found accuracy, wanted mAP or loss"),
+        ({"metric_for_best_model": "eval_macro_f1"}, True, "metric_for_best_model: found macro_f1"),
+    ],
+)
+def test_what_multi_label_clips_cannot_have_is_an_error(fields, multi_label, message):
+    with pytest.raises(RecipeError, match=message):
+        resolve_loss(RunArguments("x", **fields), multi_label)
+
+
+def test_auto_is_the_loss_of_the_labels():
+    assert resolve_loss(RunArguments("x"), False) == "cross_entropy"
+    assert resolve_loss(RunArguments("x", metric_for_best_model="mAP"), True) == "bce"
+    assert resolve_loss(RunArguments("x", loss="bce"), False) == "bce"
+
+
+@pytest.mark.parametrize("collator", [SpectrogramCollator, WaveformCollator])
+def test_mixup_mixes_vectors_of_labels(collator):
+    shape = (4000,) if collator is WaveformCollator else (40, 128)
+    vectors = [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
+    examples = [{"input_values": torch.randn(shape), "labels": np.float32(vector)} for vector in vectors]
+    plain = collator(max_length=24)(examples)["labels"]
+    assert torch.equal(plain, torch.tensor(vectors).float())
+    draws = [AugmentedClips(examples, seed=1)[row] for row in range(3)]
+    mixed = collator(max_length=24, num_labels=3, mixup_alpha=10)(draws)["labels"]
+    weights = mixed[0, 0]  # of the first; the last one's too has the class 0
+    assert mixed[0, 0] == 1 and 0 < mixed[0, 1] < 1 and mixed[0, 2] == 0 and weights.dtype == torch.float32
+    assert torch.isclose(mixed[1, 0] + mixed[1, 2], torch.tensor(1.0)) and mixed[1, 0] == mixed[1, 1]
+
+
+def test_mean_average_precision_is_that_of_scikit_learn_over_the_classes_that_occur():
+    random = np.random.default_rng(0)
+    scores, references = random.standard_normal((50, 5)).astype(np.float32), random.random((50, 5)) > 0.7
+    references[:, 3] = False
+    there = [0, 1, 2, 4]
+    found = compute_metrics(EvalPrediction(scores, references.astype(np.float32)))
+    sigmoids = 1 / (1 + np.exp(-scores.astype(float)))
+    assert found == {
+        "mAP": pytest.approx(average_precision_score(references[:, there], sigmoids[:, there], average="macro"))
+    }
+
+
+@pytest.fixture
+def recipe(chords, tmp_path):
+    fields = TONES | {
+        "dataset": str(chords), "label_column": "kinds", "output_dir": str(tmp_path / "run"), "max_length": 48,
+        "model_config": TINY_AST, "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 3e-3,
+        "precision": "fp32", "preprocessing_num_workers": 1, "mixup_alpha": 0.5, "metric_for_best_model": "mAP",
+        "report_to": ["none"],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    return str(tmp_path / "recipe.yaml")
+
+
+def test_a_multi_label_run_ends_with_a_model_whose_pipeline_gives_sigmoids(recipe, tmp_path, capsys):
+    train.train(parse_recipe([recipe]))
+    folder = tmp_path / "run"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    predictions = pandas.read_parquet(folder / "predictions.parquet")
+    assert [sorted(found) for found in predictions["label"]][:3] == [["low"], ["high", "low"], ["low"]]
+    logits = np.stack(predictions["logits"])
+    assert [list(found) for found in predictions["predicted"]] == [
+        [name for name, logit in zip(("high", "low"), row, strict=True) if logit > 0] for row in logits
+    ]
+    assert metrics["test"].keys() == {"mAP", "clips", "per_class", "folds"} and metrics["chosen_by"] == "mAP"
+    truth = np.array([["high" in found, "low" in found] for found in predictions["label"]])
+    assert metrics["test"]["mAP"] == pytest.approx(average_precision_score(truth, logits))
+    assert metrics["test"]["per_class"]["low"]["positives"] == truth[:, 1].sum()
+    assert (folder / "average_precision.png").exists() and "average_precision.png" in (folder / "README.md").read_text()
+    assert "average_precision" in capsys.readouterr().out and score(predictions, ["high", "low"]) == {
+        name: value for name, value in metrics["test"].items() if name != "folds"
+    }
+    classify = pipeline("audio-classification", model=str(folder))
+    assert classify.model.config.problem_type == "multi_label_classification"
+    table, found, _ = crossval.summary([folder, folder])
+    assert found["mean"] == {"mAP": metrics["test"]["mAP"]} and "| mean " in table and summary(metrics)
+    with pytest.raises(RecipeError, match="was tested on multi-label clips"):
+        compare.read_side([folder])
+
+
+def test_one_class_against_the_rest_is_the_sigmoid_too(recipe, tmp_path, capsys):
+    train.train(
+        parse_recipe(
+            [recipe, "--label_column", "kind", "--loss", "bce", "--metric_for_best_model", "accuracy", "--architecture",
+             "cnn14", "--model_config", json.dumps(TINY_CNN14)]
+        )
+    )  # fmt: skip
+    assert "Loaded by pipeline, scores within" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert "accuracy" in metrics["test"] and (tmp_path / "run" / "confusion_matrix.png").exists()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification"

@@ -1,0 +1,150 @@
+"""Clips longer than the model's window: in evaluation, in the final scores and in predict.py."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas
+import pytest
+import soundfile
+import torch
+import yaml
+from conftest import ROOT, TINY_AST, TONES, tone
+from scipy.special import softmax
+from transformers import ASTFeatureExtractor, pipeline
+
+import predict
+import train
+from audio_dendrites.config import RecipeError, RunArguments, parse_recipe
+from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.windows import ClipWindows, aggregate, windows
+from data_collator import SpectrogramCollator
+
+
+def test_windows_overlap_and_end_with_the_clip():
+    assert windows(100, 100, 0.5) == [slice(0, 100)]
+    assert windows(40, 100, 0.5) == [slice(0, 40)]
+    assert windows(101, 100, 0.5) == [slice(0, 100), slice(1, 101)]
+    assert windows(230, 100, 0.5) == [slice(s, s + 100) for s in (0, 50, 100, 130)]
+    assert windows(200, 100, 0) == [slice(0, 100), slice(100, 200)]
+    assert len(windows(12, 10, 0.99)) == 3
+
+
+@pytest.mark.parametrize("window_length", [400, 0])
+def test_windows_of_samples_hold_whole_frames(window_length):
+    size = 9 * 160 + window_length
+    for extra in (0, 159):  # less than one frame more
+        assert windows(size + extra, 10, 0.5, window_length, 160) == [slice(0, size + extra)]
+    assert windows(size + 7 * 160 + 5, 10, 0.5, window_length, 160) == [
+        slice(start * 160, start * 160 + size) for start in (0, 5, 7)
+    ]
+
+
+def test_mean_and_max_of_each_clip():
+    logits, clips = np.float32([[1, 5], [3, 1], [7, 7]]), np.array([4, 4, 9])
+    assert aggregate(logits, clips, "mean").tolist() == [[2, 3], [7, 7]]
+    assert aggregate(logits, clips, "max").tolist() == [[3, 5], [7, 7]]
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "max"])
+def test_for_clips_that_fit_nothing_changes(aggregation):
+    random = np.random.default_rng(0)
+    clips = [{"input_values": torch.randn(frames, 128), "labels": frames % 3} for frames in (5, 50, 49)]
+    cut = ClipWindows(clips, [5, 50, 49], {"max_length": 50}, 0.5, aggregation)
+    assert len(cut) == 3
+    collator = SpectrogramCollator(50)
+    for name, values in collator(clips).items():
+        assert torch.equal(values, collator(cut.__getitems__([0, 1, 2]))[name])
+    logits = random.standard_normal((3, 7)).astype(np.float32)
+    found, labels = cut.by_clip(logits, np.arange(3))
+    assert found.dtype == np.float32 and np.array_equal(found, logits) and labels.tolist() == [0, 1, 2]
+
+
+def test_a_window_of_frames_is_what_the_extractor_makes_of_its_samples():
+    extractor = BatchedASTFeatureExtractor(max_length=30)
+    waveform = tone(700, 0.8)
+    frames = extractor.log_mel([waveform])[0]
+    clips = ClipWindows([{"input_values": frames}], [len(frames)], extractor.window_layout, 0.5, "mean")
+    cuts = windows(len(waveform), 30, 0.5, 400, 160)
+    assert len(clips) == len(cuts) == 5
+    for row, cut in enumerate(cuts):
+        stock = ASTFeatureExtractor(max_length=30)(waveform[cut], sampling_rate=16000)["input_values"][0]
+        assert np.abs(clips[row]["input_values"].numpy() - stock).max() < 1e-5
+
+
+def test_an_overlap_of_a_whole_window_is_an_error():
+    with pytest.raises(RecipeError, match="window_overlap: found 1.0, wanted 0 to under 1"):
+        RunArguments("x", window_overlap=1.0)
+
+
+@pytest.fixture
+def recipe(tones, tmp_path):
+    fields = TONES | {
+        "dataset": str(tones), "output_dir": str(tmp_path / "run"), "max_length": 20, "model_config": TINY_AST,
+        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3, "num_train_epochs": 1,
+        "learning_rate": 3e-3, "precision": "fp32", "preprocessing_num_workers": 1, "report_to": ["none"],
+        "window_aggregation": "max",
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    return str(tmp_path / "recipe.yaml")
+
+
+def test_long_clips_are_scored_whole_alike_by_the_run_by_two_processes_and_by_predict(recipe, tmp_path, capsys):
+    train.train(parse_recipe([recipe]))
+    predictions = pandas.read_parquet(tmp_path / "run" / "predictions.parquet").set_index("clip")
+    logits = np.stack(predictions["logits"])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(predictions) == metrics["test"]["clips"] == 8
+    assert "Loaded by pipeline, scores within" in capsys.readouterr().out
+
+    files = tmp_path / "sounds"
+    files.mkdir()
+    for row in range(16, 24):  # 62 frames and more: five windows at least
+        waveform = tone(3000 if row % 2 else 300, 0.3 + 0.02 * row, seed=row)
+        soundfile.write(files / f"clip-{row}.wav", waveform, 16000, subtype="PCM_16")
+    classify = pipeline("audio-classification", model=str(tmp_path / "run"))
+    waveform, _ = soundfile.read(files / "clip-16.wav", dtype="float32")
+    by_window = []
+    for start in (*range(0, 60 - 20, 10), 60 - 20):  # the frames of 0.62 s are 60
+        answers = classify(waveform[start * 160 : start * 160 + 19 * 160 + 400], function_to_apply="none")
+        by_window.append([answer["score"] for answer in sorted(answers, key=lambda answer: answer["label"])])
+    assert np.abs(np.max(by_window, axis=0) - logits[0]).max() < 1e-4
+
+    predict.main([str(tmp_path / "run"), str(files), "--output", str(tmp_path / "scores.csv")])
+    scores = pandas.read_csv(tmp_path / "scores.csv")
+    assert scores["file"].tolist() == [str(files / f"clip-{row}.wav") for row in range(16, 24)]
+    assert np.abs(scores[["high", "low"]].to_numpy() - softmax(logits, axis=1)).max() < 1e-4
+
+    two = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "train.py"),
+    ]
+    options = ["--model", str(tmp_path / "run"), "--learning_rate", "0", "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run([*two, recipe, "--model_config", "{}", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again = pandas.read_parquet(tmp_path / "two" / "predictions.parquet").set_index("clip")
+    assert again.index.equals(predictions.index) and np.abs(np.stack(again["logits"]) - logits).max() < 1e-5
+    other = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert other["processes"] == 2 and other["validation"]["mAP"] == metrics["validation"]["mAP"]
+
+    capsys.readouterr()
+    (files / "broken.flac").write_bytes(b"no sound")
+    (files / "notes.txt").write_text("no sound either")
+    soundfile.write(files / "loud.ogg", tone(300, 0.1, 44100), 44100)
+    with pytest.raises(RecipeError, match="(?s)^2 of 11 files could not be classified:.*broken.flac.*nowhere.wav"):
+        predict.main([str(tmp_path / "run"), str(files), str(tmp_path / "nowhere.wav"), "--top_k", "1"])
+    told = capsys.readouterr().out
+    assert "loud.ogg" in told and "class 1" in told and "class 2" not in told and "broken" not in told
+
+
+def test_predict_says_what_is_no_model_and_where_no_sound_is(tmp_path):
+    with pytest.raises(RecipeError, match="no sound file in"):
+        predict.main([str(tmp_path), str(tmp_path)])
+    with pytest.raises(RecipeError, match="is no finished run folder and no model of the Hub"):
+        predict.main([str(tmp_path), str(ROOT / "predict.py")])
