@@ -17,7 +17,7 @@ from audio_dendrites.averaging import EMA_FILE, average_weights
 from audio_dendrites.config import RecipeError, parse_recipe
 
 RECIPE = TONES | {
-    "max_length": 48,
+    "max_length": 80,
     "model_config": TINY_AST | {"num_hidden_layers": 1},
     "per_device_train_batch_size": 4,
     "num_train_epochs": 2,  # of 2 steps

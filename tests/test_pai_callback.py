@@ -55,7 +55,13 @@ from pai_callback import (
 )
 
 pytest.importorskip("perforatedai", reason="perforatedai has no wheel for this Python; 3.11 and 3.12 have one")
-torch.set_num_threads(1)  # models this small wait for each other's threads
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As in the processes that tests start: sums depend on the threads, and small models wait for each other's."""
+    torch.set_num_threads(1)
+
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "num_labels": 3}
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

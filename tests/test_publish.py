@@ -32,7 +32,7 @@ from audio_dendrites.trainer import AudioTrainer
 pytest.importorskip("perforatedai", reason="perforatedai has no wheel for this Python; 3.11 and 3.12 have one")
 
 RECIPE = TONES | {
-    "max_length": 48,
+    "max_length": 80,
     "model_config": TINY_AST,
     "per_device_train_batch_size": 4,
     "num_train_epochs": 3,

@@ -157,7 +157,7 @@ def test_a_filter_on_waveforms_is_an_error():
 
 
 RECIPE = TONES | {
-    "max_length": 48, "waveform": True, "per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-3,
+    "max_length": 80, "waveform": True, "per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-3,
     "precision": "fp32", "preprocessing_num_workers": 1, "time_roll": 5, "time_mask": 8, "frequency_mask": 8,
     "mixup_alpha": 0.5, "gain": 6.0, "noise": 0.1, "mean": -5.0, "std": 3.0,
 }  # fmt: skip
