@@ -45,7 +45,24 @@ def data(tmp_path_factory):
     files = {name: folder / f"{name.split('/')[1]}.parquet" for name in rows}
     for name, path in files.items():
         Dataset.from_list(rows[name]).to_parquet(path)
+    # With splits of its own: a folder with a file for each, which its card names as on the Hub.
+    audioset = files["agkphysics/AudioSet"] = folder / "AudioSet"
+    audioset.mkdir()
+    splits = ("train", "test", "bal_train", "unbal_train", "eval")
+    listed = "".join(f"  - split: {split}\n    path: {split}.parquet\n" for split in splits)
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n{listed}---\n"
+    (audioset / "README.md").write_text(card)
+    for split in splits:
+        clips = [_audioset_clip(split, row) for row in range(100 if "unbal" in split else 40)]
+        Dataset.from_list(clips).to_parquet(audioset / f"{split}.parquet")
     return files | {"synthetic": files["danavery/urbansound8K"]}
+
+
+def _audioset_clip(split: str, row: int) -> dict:
+    kind, name = row % 2, f"{split}-{row}"
+    names = [["Speech"], ["Speech", "Dog"]][kind]
+    audio = {"bytes": wav(tone(3000 if kind else 300, 0.3, 16000, row)), "path": f"{name}.wav"}
+    return {"video_id": name, "audio": audio, "labels": [f"/m/{n}" for n in names], "human_labels": names}
 
 
 @pytest.fixture(scope="module")
@@ -94,4 +111,5 @@ def test_a_shipped_recipe_runs(path, data, pretrained, tmp_path, monkeypatch):
         parse_recipe([str(path), *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
     )
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["steps"] == 2 and metrics["test"]["clips"] == (4 if "esc50" in recipe.data.dataset else 2)
+    clips = {"ashraq/esc50": 4, "agkphysics/AudioSet": 40}.get(recipe.data.dataset, 2)
+    assert metrics["steps"] == 2 and metrics["test"]["clips"] == clips
