@@ -27,7 +27,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from audio_dendrites import hub
 from audio_dendrites.averaging import MovingAverage, average_weights
-from audio_dendrites.config import Recipe, RecipeError, RunArguments
+from audio_dendrites.config import Recipe, RecipeError, RunArguments, parse_recipe
 from audio_dendrites.export import ExportError, export_dendritic
 from audio_dendrites.report import running_metrics
 from audio_dendrites.windows import ClipWindows
@@ -471,7 +471,8 @@ def _num_processes(command: list[str]) -> list[int]:
 
 def _changes(recipe: Recipe, saved: Path) -> list[str]:
     """What the recipe has otherwise than the saved one, of the fields that change a result."""
-    then, now = yaml.safe_load(saved.read_text(encoding="utf-8")), recipe.to_dict()
+    defaults = parse_recipe([]).to_dict()  # of what one of them leaves out, perhaps because it is older than the field
+    then, now = defaults | yaml.safe_load(saved.read_text(encoding="utf-8")), defaults | recipe.to_dict()
     return [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted((then.keys() | now.keys()) - CHANGE_NO_RESULT)

@@ -430,3 +430,15 @@ def test_frozen_layers_do_not_move(recipe, tmp_path):
         )
         for name in moved
     )
+
+
+def test_a_run_of_an_older_train_goes_on_where_the_recipe_is_the_same(recipe, tmp_path, capsys):
+    run(recipe(num_train_epochs=1))
+    saved = tmp_path / "run" / "config.yaml"
+    fields = yaml.safe_load(saved.read_text())
+    saved.write_text(yaml.safe_dump({name: value for name, value in fields.items() if name != "window_overlap"}))
+    capsys.readouterr()
+    run(recipe(num_train_epochs=1))
+    assert "Run folder" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="window_overlap was 0.5 and is 0.25"):
+        run(recipe(num_train_epochs=1, window_overlap=0.25))
