@@ -18,10 +18,8 @@ from pandas import DataFrame
 from scipy.special import log_softmax, logsumexp
 
 from audio_dendrites.config import RecipeError, written_whole
-from audio_dendrites.report import markdown_table, score
-from audio_dendrites.runs import check_same_task, read_run, refuse
-
-SCORES = ("accuracy", "macro_f1", "mAP")
+from audio_dendrites.report import SCORES, markdown_table, score
+from audio_dendrites.runs import check_same_clips, check_same_task, read_run
 
 
 def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any], DataFrame]:
@@ -44,7 +42,9 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
     labels = members[0]["labels"]
     tables = [table.set_index("clip") for table in tables]
     first = tables[0]
-    aligned = [_aligned(first, table, folders[0], folder) for folder, table in zip(folders, tables, strict=True)]
+    for folder, table in zip(folders[1:], tables[1:], strict=True):
+        check_same_clips(first, table, str(folders[0]), str(folder))
+    aligned = [table.loc[first.index] for table in tables]
     logits = mean_logits(np.stack([np.stack(table["logits"]) for table in aligned]))
     predictions = first.assign(predicted=[labels[i] for i in logits.argmax(1)], logits=list(logits)).reset_index()
     members = [run | {"test": score(table, labels)} for run, table in zip(members, aligned, strict=True)]
@@ -107,20 +107,6 @@ def main(arguments: Sequence[str]) -> None:
     with written_whole(output / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print(f"{table}\n\nWritten to {output}/ensemble.md, metrics.json and predictions.parquet")
-
-
-def _aligned(first: DataFrame, other: DataFrame, first_folder: Path, folder: Path) -> DataFrame:
-    """The rows of `other` in the order of `first`, both by clip.
-
-    Raises:
-        RecipeError: They are not of the same clips.
-    """
-    refuse(first.loc[first.index.difference(other.index)], f"{folder} did not test")
-    refuse(other.loc[other.index.difference(first.index)], f"{first_folder} did not test")
-    other = other.loc[first.index]
-    for column in ("label", "group"):
-        refuse(first[first[column] != other[column]], f"{first_folder} and {folder} differ in the {column} of")
-    return other
 
 
 if __name__ == "__main__":

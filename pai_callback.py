@@ -936,7 +936,7 @@ class PAICallback(TrainerCallback, ExportableState):
         wide = [max(len(row[column]) for row in rows) for column in range(2)]
         lines = [f"  {row[0]:<{wide[0]}}  {row[1]:<{wide[1]}}  {row[2]}" for row in rows]
         return "\n".join(
-            [f"Up to {_dendrites(limit)} ({self.config.schedule}, {self.config.activation}) may grow on:", *lines]
+            [f"Up to {_counted(limit)} ({self.config.schedule}, {self.config.activation}) may grow on:", *lines]
         )
 
     def _metric(self, args) -> str:
@@ -1078,7 +1078,7 @@ class PAICallback(TrainerCallback, ExportableState):
             )
         if event == "complete":
             lines.append(
-                f"growth is complete: the best weights are back, with {_dendrites(dendrites)} a layer and "
+                f"growth is complete: the best weights are back, with {_counted(dendrites)} a layer and "
                 f"{parameters:,} parameters"
             )
         if self.trainer is None:
@@ -1221,7 +1221,7 @@ def _check_installed(config: PAIConfig) -> None:
         raise PAIError("pai: perforated_backpropagation: found True, but perforatedbp is not installed")
 
 
-def _dendrites(count: int) -> str:
+def _counted(count: int) -> str:
     return f"{count} dendrite{'' if count == 1 else 's'}"
 
 

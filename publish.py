@@ -48,7 +48,8 @@ def baseline_of(run: Path) -> Path | None:
 
 def show(run: Path, repo_id: str, other: str | None) -> None:
     """List what would be sent."""
-    files = hub.with_card(run, repo_id, CARD, other)
+    files = hub.outgoing(run)
+    files = {"README.md": hub.run_card(run, repo_id, CARD, files, other)} | files
     sizes = {
         name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()
     }

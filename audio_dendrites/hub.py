@@ -14,7 +14,7 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import chain
@@ -41,19 +41,14 @@ from transformers import TrainingArguments
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import HubStrategy
 
+from audio_dendrites import synth
 from audio_dendrites.config import RecipeError, written_whole
-from audio_dendrites.data import is_local
+from audio_dendrites.data import WEIGHT_FILES, is_local
 from audio_dendrites.report import classes_table, is_finished, markdown_table, score_names, scores_table
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILES = (
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "preprocessor_config.json",
-)
+MODEL_FILES = (*WEIGHT_FILES, "config.json", "preprocessor_config.json")
 REPORT_FILES = (
     "config.yaml",
     "metrics.json",
@@ -96,15 +91,11 @@ PIECE, OVERLAP = 1 << 24, 1 << 12  # bytes; nothing that is looked for is longer
 BUSY = {408, 429, 500, 502, 503, 504}
 FULL = re.compile("quota|storage|limit|exceed|payment", re.IGNORECASE)
 
-FAMILIES = {
+FAMILY_NAMES = {
     "audio-spectrogram-transformer": "Audio Spectrogram Transformer",
     "mel-vit": "Vision Transformer on mel spectrograms",
     "cnn14": "CNN14",
 }
-URBANSOUND8K = {
-    "air_conditioner", "car_horn", "children_playing", "dog_bark", "drilling", "engine_idling", "gun_shot",
-    "jackhammer", "siren", "street_music",
-}  # fmt: skip
 HYPERPARAMETERS = (
     "learning_rate", "head_learning_rate", "layer_decay", "lr_scheduler_type", "warmup_steps", "optim",
     "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -133,7 +124,7 @@ def outgoing(run: Path) -> dict[str, Path | bytes]:
             f"{run} has no metrics.json: it is no run folder, or its run has not finished; the same train.py command "
             f"goes on with it, and push_to_hub: true publishes while it trains"
         )
-    metrics, recipe, comparison = read_run(run)
+    metrics, recipe, comparison = read_reports(run)
     files = model_files(run) | {path.name: path for path in _named(run, REPORT_FILES)}
     for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
         if name not in files:
@@ -186,7 +177,7 @@ def code_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+def read_reports(run: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """metrics.json, config.yaml and, if there is one, comparison.json, without paths of this machine."""
     metrics = _read_json(run / "metrics.json")
     metrics.setdefault("local", [name for name in ("dataset", "base_model") if is_local(metrics[name])])
@@ -247,7 +238,7 @@ def _forbidden(token: str | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
     home = str(Path.home())
     if len(home) > 1:
         anywhere["a path in the home folder of this user"] = re.escape(home.encode()) + rb"[/\\]"
-    in_text = {"a path in a home folder": rb"/(?:home|Users)/[\w.-]+/|[A-Za-z]:\\+Users\\+|/root/"}
+    in_text = {"a path in a home folder": rb"(?<![\w.-])/(?:home/[\w.-]+|Users/[\w.-]+|root)/|[A-Za-z]:\\+Users\\+"}
     host = socket.gethostname().split(".")[0]
     if len(host) >= 8 or (len(host) >= 4 and not host.isalpha()):
         in_text["the name of this machine"] = rb"(?<![\w-])" + re.escape(host.encode()) + rb"(?![\w-])"
@@ -307,10 +298,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def write_card(run: Path, template: Path) -> None:
     """README.md of a finished run's folder, from what the folder holds."""
-    metrics, recipe, comparison = read_run(run)
-    card = model_card(metrics, recipe, template, str(run), files_of(run), comparison)
     with written_whole(run / "README.md") as path:
-        path.write_text(card, encoding="utf-8")
+        path.write_bytes(run_card(run, str(run), template, files_of(run)))
+
+
+def run_card(
+    run: Path,
+    name: str,
+    template: Path,
+    files: Iterable[str],
+    other: str | None = None,
+    revision: str | None = None,
+) -> bytes:
+    """README.md of a finished run; beside the run the arguments are those of `model_card`."""
+    metrics, recipe, comparison = read_reports(run)
+    return model_card(metrics, recipe, template, name, {*files}, comparison, other, revision).encode()
 
 
 def files_of(run: Path) -> set[str]:
@@ -346,7 +348,7 @@ def model_card(
     dendrites = metrics.get("dendrites")
     remote_code = any(file.endswith(".py") for file in files)
     urbansound8k = metrics["dataset"] != "synthetic" and (
-        "urbansound8k" in metrics["dataset"].lower() or set(metrics["labels"]) == URBANSOUND8K
+        "urbansound8k" in metrics["dataset"].lower() or set(metrics["labels"]) == set(synth.LABELS)
     )
     is_synthetic = metrics["dataset"] == "synthetic" and metrics["base_model"] is None
     grown = any(dendrites["layers"].values()) if dendrites else False
@@ -376,7 +378,7 @@ def model_card(
         urbansound8k=urbansound8k,
         dendritic=dendrites,
         grown=grown,
-        family=FAMILIES.get(architecture, architecture),
+        family=FAMILY_NAMES.get(architecture, architecture),
         recipe=recipe,
         results=scores_table(metrics),
         classes=classes_table(metrics["test"]) if metrics.get("test") else None,
@@ -458,16 +460,6 @@ def _duration(seconds: float) -> str:
 # The push
 
 
-def with_card(
-    run: Path, repo_id: str, template: Path, other: str | None = None, pinned: str | None = None
-) -> dict[str, Path | bytes]:
-    """What `publish` sends: `outgoing` and the card; its arguments are those of `publish` and `model_card`."""
-    files = outgoing(run)
-    metrics, recipe, comparison = read_run(run)
-    card = model_card(metrics, recipe, template, repo_id, {*files}, comparison, other, pinned)
-    return {"README.md": card.encode()} | files
-
-
 def publish(
     run: Path,
     repo_id: str,
@@ -496,19 +488,19 @@ def publish(
     Raises:
         PublishError: Nothing or not everything was sent; the folder is as it was, and the same call tries again.
     """
-    check_outgoing(with_card(run, repo_id, template, other), token)
+    files = outgoing(run)
+    check_outgoing({"README.md": run_card(run, repo_id, template, files, other)} | files, token)
     with _explained(run, repo_id, private, revision, command):
         repo_id = create_repo(repo_id, private, revision, token)
         other = other and (other if "/" in other else f"{repo_id.split('/')[0]}/{other}")
-        files = with_card(run, repo_id, template, other)
         if not code_files(run):
-            commit = push(files, repo_id, "Model, figures and card", revision, token)
+            card = run_card(run, repo_id, template, files, other)
+            commit = push({"README.md": card} | files, repo_id, "Model, figures and card", revision, token)
         else:
-            del files["README.md"]
             sent = push(files, repo_id, "Model, code and figures", revision, token)
             commits = _patiently(HfApi(token=token).list_repo_commits, repo_id, revision=revision)
             pinned = next(commit.commit_id for commit in commits if commit.title != CARD_COMMIT)
-            card = with_card(run, repo_id, template, other, pinned)["README.md"]
+            card = run_card(run, repo_id, template, files, other, pinned)
             commit = push({"README.md": card}, repo_id, CARD_COMMIT, revision, token) or sent
     return commit and f"{HfApi().endpoint}/{repo_id}"
 

@@ -52,6 +52,23 @@ def check_same_task(folders: Sequence[Path], metrics: Sequence[dict[str, Any]]) 
                 )
 
 
+def check_same_clips(first: DataFrame, other: DataFrame, first_name: str, other_name: str) -> None:
+    """Whether two tests are of the same clips, with the same labels and source recordings.
+
+    Args:
+        first, other: By clip, in any order, with the columns `label` and `group`.
+        first_name, other_name: What errors call them.
+
+    Raises:
+        RecipeError: They are not.
+    """
+    refuse(first.loc[first.index.difference(other.index)], f"{other_name} did not test")
+    refuse(other.loc[other.index.difference(first.index)], f"{first_name} did not test")
+    other = other.loc[first.index]
+    for column in ("label", "group"):
+        refuse(first[first[column] != other[column]], f"{first_name} and {other_name} differ in the {column} of")
+
+
 def refuse(clips: DataFrame | Series, fault: str) -> None:
     """Raise an error that names the clips, if there are any.
 

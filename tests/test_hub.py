@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from audio_dendrites.config import RecipeError, default_hub_model_id, parse_recipe
-from audio_dendrites.hub import PublishError, check_outgoing, model_card, outgoing, read_run, without_paths
+from audio_dendrites.hub import PublishError, check_outgoing, model_card, outgoing, read_reports, without_paths
 
 TEMPLATE = ROOT / "model_cards" / "model.md.jinja"
 CARDS = Path(__file__).parent / "cards"
@@ -281,7 +281,7 @@ def test_an_unfinished_or_broken_run_is_not_published(tmp_path):
 def test_an_older_run_folder_says_by_its_paths_what_is_local(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps(without(METRICS, "local") | {"dataset": str(tmp_path)}))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(RECIPE | {"dataset": str(tmp_path)}))
-    metrics, recipe, comparison = read_run(tmp_path)
+    metrics, recipe, comparison = read_reports(tmp_path)
     assert metrics["local"] == ["dataset"] and metrics["dataset"] == recipe["dataset"] == tmp_path.name
     assert comparison is None
 
