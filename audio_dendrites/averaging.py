@@ -1,7 +1,8 @@
 """Averages of a training's weights: over its last checkpoints, or over all its steps (EMA)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -48,8 +49,9 @@ def average_weights(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
 class MovingAverage(TrainerCallback):
     """An exponential moving average of the weights after each optimizer step (EMA), by torch.optim.swa_utils.
 
-    It starts with the weights after the first step: mean = decay · mean + (1 - decay) · weights. The training itself
-    is what it would be without; the model gets the average when the training ends.
+    It starts with the weights after the first step: mean = decay · mean + (1 - decay) · weights, and the same of the
+    buffers, such as the statistics of a batch normalisation, which have to fit the weights. The training itself is what
+    it would be without; the model gets the average when the training ends.
 
     Args:
         decay: Between 0 and 1; the average looks back over about 1 / (1 - decay) steps.
@@ -66,8 +68,8 @@ class MovingAverage(TrainerCallback):
         if self.average is None:
             yield
             return
-        trained = [parameter.detach().clone() for parameter in model.parameters()]
-        _copy(self.average.module.parameters(), model)
+        trained = [tensor.detach().clone() for tensor in _tensors(model)]
+        _copy(_tensors(self.average.module), model)
         try:
             yield
         finally:
@@ -89,7 +91,7 @@ class MovingAverage(TrainerCallback):
         load_model(self.average, path)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
         if self.resumed is not None:
             self.load(self.resumed)
 
@@ -97,11 +99,15 @@ class MovingAverage(TrainerCallback):
         self.average.update_parameters(model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        _copy(self.average.module.parameters(), model)
+        _copy(_tensors(self.average.module), model)
         self.average = None
 
 
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
 @torch.no_grad()
-def _copy(source: Iterator[torch.Tensor] | Sequence[torch.Tensor], model: nn.Module) -> None:
-    for parameter, values in zip(model.parameters(), source, strict=True):
-        parameter.copy_(values)
+def _copy(source: Iterable[torch.Tensor], model: nn.Module) -> None:
+    for tensor, values in zip(_tensors(model), source, strict=True):
+        tensor.copy_(values)

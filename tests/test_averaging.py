@@ -212,3 +212,15 @@ def test_the_moving_average_goes_on_exactly_after_a_resume(run, tmp_path):
     (folder / "checkpoint-2" / EMA_FILE).unlink()
     with pytest.raises(RecipeError, match="checkpoint-2 has no ema.safetensors: it was written by a training without"):
         run("other", ema_decay=0.6, resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_statistics_of_a_batch_normalisation_are_averaged_with_its_weights(run):
+    cnn14 = {"architecture": "cnn14", "model_config": {"first_channels": 2, "num_hidden_layers": 2}}
+    folder = run(ema_decay=0.6, load_best_model_at_end=False, **cnn14)
+    name = "layers.0.bn1.running_var"
+    mean = checkpoint(folder, 1)[name]
+    for step in range(2, 5):
+        mean = mean + 0.4 * (checkpoint(folder, step)[name] - mean)
+    found = load_file(folder / "model.safetensors")[name]
+    assert torch.allclose(found, mean, atol=1e-6)
+    assert not torch.allclose(found, checkpoint(folder, 4)[name], atol=1e-3)
