@@ -29,6 +29,7 @@ class RecipeError(ValueError):
 
 
 SPLITS = ("train", "validation", "test")
+LISTS = ("validation_list", "test_list")
 
 
 @dataclass
@@ -46,6 +47,9 @@ class DataArguments:
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration (subset) of the Hub data set, where it has several."}
+    )
+    dataset_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the Hub data set, where each of several data sets has its own."}
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Commit, tag or branch of the Hub data set; ignored for local data."}
@@ -70,6 +74,9 @@ class DataArguments:
     labels: list[str] | None = field(
         default=None, metadata={"help": "Class names in the model's order; default: all found, sorted."}
     )
+    drop_labels: list[str] | None = field(
+        default=None, metadata={"help": "Classes to leave out, with their clips; of a clip of several, just the label."}
+    )
     fold_column: str | None = field(default=None, metadata={"help": "Column with the official fold; left out: fold."})
     train_folds: list[str] | None = field(default=None, metadata={"help": "Folds to train on; left out: 1 to 8."})
     validation_folds: list[str] | None = field(
@@ -93,6 +100,15 @@ class DataArguments:
     split_seed: int | None = field(
         default=None, metadata={"help": "With split_shares: its seed, apart from that of the training; left out: 0."}
     )
+    validation_list: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of folds: text file, in the data set's folder, with the name of a validation clip a line."
+        },
+    )
+    test_list: str | None = field(
+        default=None, metadata={"help": "The same of the test clips; those in neither list are trained on."}
+    )
     drop_leaks: bool = field(
         default=False,
         metadata={"help": "Drop training clips whose source recording also stands in validation or test."},
@@ -111,6 +127,7 @@ class DataArguments:
                 ("folds", ("fold_column", *(f"{split}_folds" for split in SPLITS))),
                 ("splits of its own", tuple(f"{split}_split" for split in SPLITS)),
                 ("drawn shares", ("split_shares", "split_seed")),
+                ("lists of clips", LISTS),
             )
         }
         if len(found := {way: names for way, names in ways.items() if names}) > 1:
@@ -121,6 +138,9 @@ class DataArguments:
         elif ways["drawn shares"]:
             self._check_shares()
             self.split_seed = self.split_seed or 0
+        elif lists := ways["lists of clips"]:
+            if missing := [name for name in LISTS if name not in lists]:
+                raise RecipeError(f"{missing[0]}: found none beside {lists[0]}, wanted a file with names of clips")
         else:
             self.fold_column = self.fold_column or "fold"
             self.train_folds = self.train_folds or [str(fold) for fold in range(1, 9)]
@@ -149,7 +169,7 @@ class DataArguments:
         """What the clips of `train`, `validation` and `test` have in the index's column `fold`."""
         if self.train_split:
             return {split: [getattr(self, f"{split}_split")] for split in SPLITS}
-        if self.split_shares:
+        if self.split_shares or self.test_list:
             return {split: [split] for split in SPLITS}
         return {split: getattr(self, f"{split}_folds") for split in SPLITS}
 

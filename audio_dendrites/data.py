@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from math import lcm
@@ -84,11 +84,14 @@ def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
     index = DataFrame({"label": _labels(clips, arguments)})
     index["clip"] = _texts(clips, arguments.clip_column) if arguments.clip_column else paths
     index["group"] = _texts(clips, arguments.group_column) if arguments.group_column else index["clip"]
-    if arguments.fold_column:
-        splits = _texts(clips, arguments.fold_column)
-    elif arguments.split_shares:
-        splits = _drawn_splits(index, arguments)
-    index.insert(0, "fold", splits)
+    index.insert(0, "fold", _texts(clips, arguments.fold_column) if arguments.fold_column else splits)
+    if arguments.drop_labels:
+        index = _without_labels(index, arguments)
+        clips, index = clips.select(index.index), index.reset_index(drop=True)
+    if arguments.split_shares:
+        index["fold"] = _drawn_splits(index, arguments)
+    elif arguments.test_list:
+        index["fold"] = _listed_splits(index["clip"], arguments)
     sound = [arguments.audio_column] + [arguments.clip_column] * bool(arguments.clip_column)
     return clips.select_columns(sound), index
 
@@ -218,7 +221,11 @@ def _download_dataset(arguments: DataArguments) -> None:
     if (kind := _kind(name)) != "hub":
         return print(f"dataset {name}: {kind}, nothing to download")
     with _hub_errors("dataset", name, revision, DOWNLOAD_NEEDS_IT):
-        commit = HfApi().dataset_info(name, revision=revision).sha
+        info = HfApi().dataset_info(name, revision=revision)
+        commit = info.sha
+        if arguments.dataset_dir:
+            files = [file.rfilename for file in info.siblings]
+            return _fetch("dataset", name, revision, filter_repo_objects(files, allow_patterns=_below(arguments)))
         builder = load_dataset_builder(name, arguments.dataset_config, revision=commit)
         prepared = Path(builder.cache_dir)
         if prepared.is_dir():
@@ -246,8 +253,9 @@ def _download_model(arguments: ModelArguments) -> None:
         _fetch("model", name, revision, [*filter_repo_objects(present, allow_patterns=CONFIG_FILES), *weights])
 
 
-def _fetch(repo_type: str, name: str, revision: str | None, files: Sequence[str]) -> None:
+def _fetch(repo_type: str, name: str, revision: str | None, files: Iterable[str]) -> None:
     """Bring files of a repository into the Hub's cache, and say what that takes."""
+    files = list(files)
     info = HfApi().repo_info(name, repo_type=repo_type, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size for file in info.siblings if file.rfilename in files}
     missing = {
@@ -342,7 +350,8 @@ def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
             loaded = _load_folder(Path(name).expanduser(), arguments, wanted)
         else:
             with _hub_errors("dataset", name, revision, way_out):
-                loaded = load_dataset(name, arguments.dataset_config, revision=revision, split=wanted)
+                place, options = _place(arguments)
+                loaded = load_dataset(place, split=wanted, **options)
     except RecipeError:
         raise
     except (EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError) as error:
@@ -352,12 +361,37 @@ def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
     clips = loaded[0] if len(loaded) == 1 else concatenate_datasets(loaded)
     # Where the Hub is out of reach the library takes the revision that it prepared last, whichever was asked for.
     found = {Path(file["filename"]).parent.name for file in clips.cache_files}
-    if kind == "hub" and revision and REGEX_COMMIT_HASH.fullmatch(revision) and found - {revision}:
+    if (
+        kind == "hub"
+        and not arguments.dataset_dir
+        and revision
+        and REGEX_COMMIT_HASH.fullmatch(revision)
+        and found - {revision}
+    ):
         raise RecipeError(
             f"dataset_revision: found {', '.join(found)} of {name!r} in the cache {cache}, wanted {revision}, and the "
             f"Hub is not reachable"
         )
     return clips, [split for split, part in zip(wanted, loaded, strict=True) for _ in range(len(part))]
+
+
+def _place(arguments: DataArguments) -> tuple[str, dict[str, Any]]:
+    """What `load_dataset` wants to find a data set of the Hub.
+
+    One that is a folder of its repository is fetched here, because without network the library does not find it again.
+    """
+    name, revision = arguments.dataset, arguments.dataset_revision
+    if not arguments.dataset_dir:
+        return name, {"name": arguments.dataset_config, "revision": revision}
+    fetched = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=_below(arguments))
+    folder = Path(fetched, arguments.dataset_dir)
+    if not folder.is_dir():
+        raise RecipeError(f"dataset_dir: {name} (revision {revision or 'main'}) has no folder {arguments.dataset_dir}")
+    return str(folder), {}
+
+
+def _below(arguments: DataArguments) -> str:
+    return f"{arguments.dataset_dir.rstrip('/')}/*"
 
 
 def _load_folder(folder: Path, arguments: DataArguments, wanted: list[str]) -> list[Dataset]:
@@ -459,6 +493,41 @@ def _drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
     if empty := [split for split in SPLITS if split not in splits]:
         raise RecipeError(f"split_shares: {empty[0]} got no clip of {groups} source recordings; try another split_seed")
     return splits
+
+
+def _listed_splits(names: Series, arguments: DataArguments) -> np.ndarray:
+    """The name of each clip's split, by the two lists of clips."""
+    folder = Path(arguments.dataset).expanduser()
+    splits = np.full(len(names), "train", dtype=object)
+    for split in ("validation", "test"):
+        path = folder / getattr(arguments, f"{split}_list") if folder.is_dir() else getattr(arguments, f"{split}_list")
+        try:
+            listed = set(Path(path).read_text(encoding="utf-8").split())
+        except OSError as error:
+            raise RecipeError(f"{split}_list: {path}: {error.strerror}, wanted a name of a clip a line") from error
+        if strangers := sorted(listed - set(names)):
+            raise RecipeError(
+                f"{split}_list: {path} names {len(strangers)} clips that {arguments.dataset} has not, the first is "
+                f"{strangers[0]}; its own are named as {names[0]}"
+            )
+        chosen = names.isin(listed)
+        if twice := sorted(names[chosen & (splits != "train")]):
+            raise RecipeError(f"{split}_list: {path} names {len(twice)} clips of validation_list, as {twice[0]}")
+        splits[chosen] = split
+    return splits
+
+
+def _without_labels(index: DataFrame, arguments: DataArguments) -> DataFrame:
+    """The clips without those of the classes that are to be dropped."""
+    dropped, labels = set(arguments.drop_labels), index["label"]
+    if strangers := sorted(dropped - set(labels.explode())):
+        raise RecipeError(
+            f"drop_labels: {arguments.dataset} has no clip of {', '.join(strangers)}; it has "
+            f"{', '.join(sorted(set(labels.explode().dropna())))}"
+        )
+    if is_multi_label(labels):
+        return index.assign(label=labels.map(lambda names: [name for name in names if name not in dropped]))
+    return index[~labels.isin(dropped)]
 
 
 def _kind(dataset: str) -> str:

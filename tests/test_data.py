@@ -1,5 +1,6 @@
 import io
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,9 +250,40 @@ def test_drawn_shares_keep_recordings_together_and_classes_apart():
         drawn(index[index["group"].astype(int) < 4].reset_index(drop=True))
 
 
+def test_lists_of_clips_and_classes_that_are_dropped(class_folders):
+    folder = class_folders / "plain"
+    for path in (folder / "dog" / "near").iterdir():
+        path.rename(folder / "dog" / path.name)
+    (folder / "dog" / "near").rmdir()
+    (folder / "noise").mkdir()
+    soundfile.write(folder / "noise" / "9.flac", tone(900), 16000)
+    lists = {"validation_list": "dev.txt", "test_list": "test.txt", "drop_labels": ["noise"]}
+    data = DataArguments(dataset=str(folder), **lists)
+    with pytest.raises(RecipeError, match="validation_list: .*dev.txt: No such file"):
+        load_clips(data)
+    (folder / "dev.txt").write_text("dog/0.flac\ntrain/1.flac\n")
+    (folder / "test.txt").write_text("dog/2.flac\ntrain/3.flac\n")
+    clips, index = load_clips(data)
+    rows = split_by_fold(index, data)
+    assert index["clip"].iloc[rows["validation"]].tolist() == ["dog/0.flac", "train/1.flac"]
+    assert index["clip"].iloc[rows["test"]].tolist() == ["dog/2.flac", "train/3.flac"]
+    assert len(rows["train"]) == 4 and class_names(index, rows, data) == ["dog", "train"]
+    assert [Path(clips[row]["audio"]["path"]).name for row in rows["test"]] == ["2.flac", "3.flac"]
+    (folder / "test.txt").write_text("dog/0.flac\n")
+    with pytest.raises(RecipeError, match="test_list: .*test.txt names 1 clips of validation_list, as dog/0.flac"):
+        load_clips(data)
+    (folder / "test.txt").write_text("noise/9.flac\n")
+    with pytest.raises(RecipeError, match="names 1 clips that .*plain has not, the first is noise/9.flac"):
+        load_clips(data)
+    with pytest.raises(RecipeError, match="drop_labels: .*plain has no clip of cat; it has dog, noise, train"):
+        load_clips(DataArguments(dataset=str(folder), drop_labels=["cat"], **SHARES))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"test_list": "test.txt"}, "validation_list: found none beside test_list"),
+        ({"test_list": "test.txt", "train_folds": ["1"]}, "train_folds .folds.; test_list .lists of clips.: wanted"),
         (
             {"split_shares": [0.8, 0.1, 0.1], "train_folds": ["1"]},
             "train_folds .folds.; split_shares .drawn shares.: wan",

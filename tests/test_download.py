@@ -16,7 +16,7 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassificati
 
 from audio_dendrites import data
 from audio_dendrites.config import DataArguments, RecipeError, read_yaml
-from audio_dendrites.synth import STORED, generate_clips
+from audio_dendrites.synth import LABELS, STORED, generate_clips
 
 RECIPE = "configs/urbansound8k/ast.yaml"
 DATASET, COMMIT = (read_yaml(ROOT / RECIPE)[field] for field in ("dataset", "dataset_revision"))
@@ -164,6 +164,29 @@ def test_the_cache_gives_the_revision_asked_for_or_none(downloaded, monkeypatch)
         data.load_clips(DataArguments(dataset=DATASET, dataset_revision="b" * 40, label_column="class"))
     with pytest.raises(RecipeError, match="not reachable, and 'me/private' is not in the cache.*--dataset FOLDER"):
         data.load_clips(DataArguments(dataset="me/private"))
+
+
+def test_one_of_several_data_sets_of_a_branch_is_downloaded_and_found_offline(hub, folder, tmp_path):
+    branch, files = "refs/convert/parquet", {}
+    for part in range(2):
+        files[f"v0.0{part + 1}/train/0000.parquet"] = folder / f"{part}.parquet"
+        files[f"v0.0{part + 1}/test/0000.parquet"] = folder / f"{1 - part}.parquet"
+    hub.commit("other/several", {"script.py": "no longer run"}, "dataset")
+    hub.commit("other/several", files, "dataset", branch=branch)
+    splits = {"train_split": "train", "validation_split": "test", "test_split": "test"}
+    chosen = {"dataset": "other/several", "dataset_revision": branch, "dataset_dir": "v0.02"} | splits
+    hub.log.clear()
+    done = python(hub, tmp_path / "home", "-m", "audio_dendrites.data", "download", *options(chosen))
+    assert done.returncode == 0, done.stderr
+    assert set(fetched(hub)) == {"v0.02/train/0000.parquet", "v0.02/test/0000.parquet"}
+    fields = chosen | FEW_STEPS | {"label_column": "class", "max_length": 64, "model_config": json.dumps(TINY_AST)}
+    command = ("train.py", *options(fields), "--labels", *LABELS, f"--output_dir={tmp_path / 'run'}")
+    done = python(hub, tmp_path / "home", *command, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["clips"] == 15
+    command = ("train.py", *options(fields | {"dataset_dir": "v0.03"}), f"--output_dir={tmp_path / 'other'}")
+    done = python(hub, tmp_path / "home", *command)
+    assert "dataset_dir: other/several (revision refs/convert/parquet) has no folder v0.03" in done.stderr
 
 
 def test_what_lies_here_needs_no_download(tones, tmp_path, capsys):

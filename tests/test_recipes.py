@@ -1,11 +1,13 @@
 """Every shipped recipe runs: two steps from the YAML as it is, on generated clips in its data set's own columns."""
 
 import json
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from conftest import ROOT, TINY_AST, TINY_CNN14, TINY_VIT, tone, wav
-from datasets import Dataset
+from datasets import Audio, ClassLabel, Dataset, DatasetInfo, Features, Value
 from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
@@ -24,6 +26,7 @@ from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClas
 
 TINY = {None: TINY_AST, "ast": TINY_AST, "vit": TINY_VIT, "cnn14": TINY_CNN14}
 FRAMES = 48
+SPEECH_COMMANDS = ("google/speech_commands", "speech_commands_v0.02")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,39 @@ def data(tmp_path_factory):
     for split in splits:
         clips = [_audioset_clip(split, row) for row in range(100 if "unbal" in split else 40)]
         Dataset.from_list(clips).to_parquet(audioset / f"{split}.parquet")
-    return files | {"synthetic": files["danavery/urbansound8K"]}
+    return files | _speech_commands(folder) | {"synthetic": files["danavery/urbansound8K"]}
+
+
+def _speech_commands(folder: Path) -> dict[str, Path]:
+    """The Hub's Parquet files, by split, with pieces of noise; and the archive as it is unpacked."""
+    hub, archive = folder / "speech_commands" / "v0.02", folder / "speech_commands_v0.02"
+    features = Features(
+        {"file": Value("string"), "audio": Audio(), "label": ClassLabel(names=["yes", "no", "_silence_"]),
+         "is_unknown": Value("bool"), "speaker_id": Value("string"), "utterance_id": Value("int8")}
+    )  # fmt: skip
+    for split in ("train", "validation", "test"):
+        rows = []
+        for row in range(6):
+            word, speaker = ("yes", "no", "_silence_")[row % 3], None if row % 3 == 2 else f"{split}{row}"
+            name = f"{word}/{speaker}_nohash_0.wav" if speaker else f"_background_noise_/{split}{row}.wav"
+            sound = wav(tone(300 * (1 + row % 3), 0.4, 16000, row))
+            rows.append(
+                {"file": name, "audio": {"bytes": sound, "path": Path(name).name}, "label": word, "is_unknown": False,
+                 "speaker_id": speaker, "utterance_id": 0}
+            )  # fmt: skip
+            (archive / name).parent.mkdir(parents=True, exist_ok=True)
+            (archive / name).write_bytes(sound)
+        (hub / split).mkdir(parents=True)
+        table = pa.table({column: pa.array([row[column] for row in rows]) for column in features})
+        table = table.set_column(2, "label", pa.array([features["label"].str2int(row["label"]) for row in rows]))
+        Dataset(table.cast(features.arrow_schema), info=DatasetInfo(features=features)).to_parquet(
+            hub / split / "0000.parquet"
+        )
+        words = [row["file"] for row in rows if row["speaker_id"]]
+        if split != "train":
+            (archive / f"{split.replace('test', 'testing')}_list.txt").write_text("\n".join(words) + "\n")
+    (archive / "README.md").write_text("Speech Commands")
+    return {"google/speech_commands": hub, "speech_commands_v0.02": archive}
 
 
 def _audioset_clip(split: str, row: int) -> dict:
@@ -111,5 +146,6 @@ def test_a_shipped_recipe_runs(path, data, pretrained, tmp_path, monkeypatch):
         parse_recipe([str(path), *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
     )
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    clips = {"ashraq/esc50": 4, "agkphysics/AudioSet": 40}.get(recipe.data.dataset, 2)
+    clips = {"ashraq/esc50": 4, "agkphysics/AudioSet": 40} | dict.fromkeys(SPEECH_COMMANDS, 4)
+    clips = clips.get(recipe.data.dataset, 2)
     assert metrics["steps"] == 2 and metrics["test"]["clips"] == clips

@@ -210,6 +210,7 @@ class Hub:
             repo_id: owner/name.
             files: Content, or the file to copy, by path in the repository.
             oid: Commit id wanted; left out: derived from the content.
+            branch: Where to; a new one starts empty.
 
         Returns:
             The commit id.
@@ -223,7 +224,7 @@ class Hub:
                 content = content.read_bytes() if isinstance(content, Path) else content
                 content = content.encode() if isinstance(content, str) else content
                 entries[path] = self.store(content, lfs=is_lfs(path, len(content), content[:512]))
-            tree = self.tree(repo, branch) | entries
+            tree = (self.tree(repo, branch) if branch in repo["branches"] else {}) | entries
             return self.add_commit(repo, branch, tree, "Add files", oid=oid)
 
     def files(self, repo_id: str, repo_type: str = "model", revision: str = "main") -> dict[str, bytes]:
