@@ -28,7 +28,7 @@ from audio_dendrites.data import (
 from audio_dendrites.export import export_dendritic
 from audio_dendrites.features import ClipFeatures, ExactFeatures, extract_features, feature_lengths
 from audio_dendrites.metrics import compute_metrics
-from audio_dendrites.models.loading import check_model, learning_rates, load_extractor, load_model
+from audio_dendrites.models.loading import check_model, learning_rates, load_extractor, load_model, load_teacher
 from audio_dendrites.trainer import (
     AudioTrainer,
     check_run_folder,
@@ -67,6 +67,7 @@ def train(recipe: Recipe) -> None:
     labels = class_names(index, splits, recipe.data)
     loss = resolve_loss(args, is_multi_label(index["label"]))
 
+    teacher = args.distill_from and load_teacher(args.distill_from, labels, extractor)
     model = load_model(labels, recipe.model, extractor)
     model.config.update({"window_overlap": args.window_overlap, "window_aggregation": args.window_aggregation})
     if loss == "bce":
@@ -115,6 +116,8 @@ def train(recipe: Recipe) -> None:
         compute_metrics=compute_metrics,
         callbacks=callbacks,
         loss=loss,
+        teacher=teacher,
+        distillation=args.distillation,
         train_sampler=BalancedSampler(train_clips, targets["train"]) if args.balanced_sampling else None,
         learning_rates=learning_rates(
             model, args.learning_rate, recipe.model.head_learning_rate, recipe.model.layer_decay

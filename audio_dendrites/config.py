@@ -327,6 +327,11 @@ class RunArguments(TrainingArguments):
             "several classes."
         },
     )
+    distill_from: str | None = field(
+        default=None,
+        metadata={"help": "Finished run folder or Hub id of a teacher, whose scores are mixed into the labels."},
+    )
+    distillation: float = field(default=0.5, metadata={"help": "With `distill_from`: share of the teacher's scores."})
     window_overlap: float = field(
         default=0.5,
         metadata={"help": "Clips longer than max_length are scored by windows; share of one that the next repeats."},
@@ -371,6 +376,8 @@ class RunArguments(TrainingArguments):
     def __post_init__(self):
         if not 0 <= self.window_overlap < 1:
             raise RecipeError(f"window_overlap: found {self.window_overlap}, wanted 0 to under 1")
+        if not 0 < self.distillation <= 1:
+            raise RecipeError(f"distillation: found {self.distillation}, wanted above 0, up to 1")
         if self.balanced_sampling and self.train_sampling_strategy != "random":
             raise RecipeError(
                 f"train_sampling_strategy: found {self.train_sampling_strategy} beside balanced_sampling: wanted random"

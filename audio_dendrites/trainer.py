@@ -61,6 +61,8 @@ class AudioTrainer(Trainer):
     Args:
         learning_rates: Learning rate of each parameter by name; none gives all `args.learning_rate`.
         loss: cross_entropy or bce, as in `classification_loss`.
+        teacher: Its scores of each training batch, as augmented, take the share `distillation` of the labels.
+        distillation: From 0 to 1.
         train_sampler: Draws the training clips; none shuffles them.
         average_checkpoints: End with the mean weights of so many last checkpoints in the place of the best one's.
         ema_decay: Evaluate, and end with, the moving average of the weights; see `MovingAverage`.
@@ -81,6 +83,8 @@ class AudioTrainer(Trainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         learning_rates: dict[str, float] | None = None,
         loss: str = "cross_entropy",
+        teacher: nn.Module | None = None,
+        distillation: float = 0.5,
         train_sampler: Sampler | None = None,
         average_checkpoints: int | None = None,
         ema_decay: float | None = None,
@@ -91,7 +95,8 @@ class AudioTrainer(Trainer):
         self.clip_metrics = compute_metrics
         super().__init__(*args, compute_metrics=compute_metrics and self._score_clips, **kwargs)
         self.learning_rates, self.recipe, self.card_template = learning_rates, recipe, card_template
-        self.train_sampler = train_sampler
+        self.train_sampler, self.loss = train_sampler, loss
+        self.teacher, self.distillation = teacher and teacher.to(self.args.device), distillation
         self.averaged_steps: list[int] = []
         self.ema = None if ema_decay is None else MovingAverage(ema_decay)
         if self.ema is not None:
@@ -124,6 +129,16 @@ class AudioTrainer(Trainer):
             **settings,
         )
         return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.teacher is not None and model.training:
+            labels, classes = inputs.pop("labels"), self.model.config.num_labels
+            if labels.dim() == 1 and num_items_in_batch is not None:
+                num_items_in_batch = num_items_in_batch * classes  # which the Trainer counts as it finds them
+            with torch.no_grad(), self.accelerator.autocast():
+                logits = self.teacher(**inputs).logits
+            inputs["labels"] = distilled_labels(labels, logits, self.distillation, self.loss)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs):
         self._evaluated = dataloader.dataset
@@ -303,6 +318,26 @@ def resolve_loss(args: RunArguments, multi_label: bool) -> str:
     if multi_label and metric in ("accuracy", "macro_f1"):
         raise RecipeError(f"metric_for_best_model: found {metric}, wanted mAP or loss: the clips have lists of labels")
     return loss
+
+
+def distilled_labels(labels: torch.Tensor, logits: torch.Tensor, share: float, loss: str) -> torch.Tensor:
+    """Labels into which the scores of a teacher are mixed (Hinton et al. 2015, arXiv:1503.02531, at temperature 1).
+
+    As the cross-entropies are linear in the labels, the loss is the mean of that of the labels and that of the scores.
+
+    Args:
+        labels: Class numbers (batch,), or 0 to 1 (batch, classes).
+        logits: The teacher's, (batch, classes).
+        share: Of the scores, from 0 to 1.
+        loss: cross_entropy, where scores are the softmax, or bce, where they are the sigmoids.
+
+    Returns:
+        (batch, classes), float32.
+    """
+    logits = logits.float()
+    scores = logits.sigmoid() if loss == "bce" else logits.softmax(-1)
+    hard = nn.functional.one_hot(labels, logits.shape[1]) if labels.dim() == 1 else labels
+    return torch.lerp(hard.float(), scores, share)
 
 
 def classification_loss(

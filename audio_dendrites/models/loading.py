@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import ASTConfig, ASTForAudioClassification, AutoConfig, PreTrainedConfig, PreTrainedModel, ViTConfig
+from transformers import (
+    ASTConfig,
+    ASTForAudioClassification,
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+)
 
 from audio_dendrites.audio import window_samples
 from audio_dendrites.config import FeatureArguments, ModelArguments, Recipe, RecipeError
@@ -201,6 +210,39 @@ def load_model(
     else:
         model = _with_weights(arguments, family, pretrained, config)
     return _set_up(model, arguments, extractor)
+
+
+def load_teacher(
+    name: str, labels: Sequence[str], extractor: BatchedASTFeatureExtractor | Waveforms
+) -> PreTrainedModel:
+    """A trained model whose scores another one learns from.
+
+    Args:
+        name: Finished run folder or Hub id.
+        labels: Class names in the order of the logits.
+        extractor: What the batches are made with.
+
+    Returns:
+        The model, float32, on the CPU, for evaluation, without gradients.
+
+    Raises:
+        RecipeError: There is no such model, or it has other classes or hears other features.
+    """
+    try:
+        teacher = AutoModelForAudioClassification.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
+        heard = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"distill_from: {name!r} is no finished run folder and no model of the Hub: {str(error).splitlines()[0]}"
+        ) from error
+    found, wanted = list(teacher.config.id2label.values()), list(labels)
+    if found != wanted:
+        raise RecipeError(f"distill_from: {name} has the classes {', '.join(found)}, wanted {', '.join(wanted)}")
+    given, wanted = heard.to_dict(), extractor.stock().to_dict()
+    if other := sorted(field for field in given.keys() | wanted.keys() if given.get(field) != wanted.get(field)):
+        told = "; ".join(f"{field} is {given.get(field)}, wanted {wanted.get(field)}" for field in other)
+        raise RecipeError(f"distill_from: {name} hears other features than the recipe's: {told}")
+    return teacher.requires_grad_(False).eval()
 
 
 def learning_rates(
