@@ -1,9 +1,10 @@
 """Run a recipe once for every fold, resumably, and put the results together; with dendrites, also compare.
 
-    accelerate launch crossval.py configs/quickstart.yaml [--folds 1 2 3] [--seeds 42 43] [--field value ...]
+    accelerate launch crossval.py configs/quickstart.yaml [--folds 1 2 3] [--seeds 42 43] [--last] [--field value ...]
 
 Each of the data set's folds, those of the recipe's train_folds, validation_folds and test_folds, is the test fold once;
-the fold after it chooses the checkpoint and the others train. Every run has a folder below the recipe's output_dir, a
+the fold after it chooses the checkpoint and the others train. With --last none chooses: all others train, and the last
+weights are tested. Every run has a folder below the recipe's output_dir, a
 finished one is not repeated, and the same command goes on where it was interrupted. Writes crossval.md, crossval.json
 and a confusion matrix (multi-label: average precisions) there and, if the recipe has `baseline: true`, what compare.py
 writes.
@@ -27,31 +28,42 @@ from audio_dendrites.report import markdown_table, plot_classes, score, score_na
 from pai_callback import PAIError
 
 
-def fold_recipes(arguments: Sequence[str], folds: Sequence[str] | None, seeds: Sequence[int]) -> list[Recipe]:
+def fold_recipes(
+    arguments: Sequence[str], folds: Sequence[str] | None, seeds: Sequence[int], last: bool = False
+) -> list[Recipe]:
     """The recipe once for each test fold and seed, with run folders `fold-<fold>-seed-<seed>`.
 
     Args:
         arguments: As `parse_recipe` takes them.
         folds: Test folds; none means all.
         seeds: Seeds; none means the recipe's.
+        last: Whether all but the test fold train, and the last weights are tested.
 
     Raises:
-        RecipeError: There are fewer than three folds, or a fold is not one of the recipe's.
+        RecipeError: There are fewer folds than that takes, a fold is not one of the recipe's, or the recipe stops the
+            training by a validation fold that there is none of.
     """
     recipe = parse_recipe(list(arguments))
     data, folder = recipe.data, Path(recipe.training.output_dir)
     if data.train_folds is None:
         raise RecipeError("folds: the recipe divides the data set otherwise, wanted a fold_column with folds")
     present = sorted({*data.train_folds, *data.validation_folds, *data.test_folds}, key=lambda fold: (len(fold), fold))
-    if len(present) < 3:
-        raise RecipeError(f"folds: the recipe names {', '.join(present)}, wanted three or more: train, choose, test")
+    if len(present) < (2 if last else 3):
+        wanted = "two or more: train, test" if last else "three or more: train, choose, test"
+        raise RecipeError(f"folds: the recipe names {', '.join(present)}, wanted {wanted}")
+    if last and recipe.training.early_stopping_patience is not None:
+        raise RecipeError(
+            f"early_stopping_patience: found {recipe.training.early_stopping_patience} with --last, wanted none (null "
+            f"in YAML): no fold is left to stop the training by"
+        )
     if strangers := sorted(set(folds or []) - set(present)):
         raise RecipeError(f"--folds: found {', '.join(strangers)}, wanted some of the recipe's: {', '.join(present)}")
     found = []
     for fold in folds or present:
-        after = present[(present.index(fold) + 1) % len(present)]
+        after = fold if last else present[(present.index(fold) + 1) % len(present)]
         rest = [one for one in present if one not in (fold, after)]
         split = ["--train_folds", *rest, "--validation_folds", after, "--test_folds", fold]
+        split += ["--load_best_model_at_end", "false"] if last else []
         for seed in seeds or [recipe.training.seed]:
             own = ["--seed", str(seed), "--output_dir", str(folder / f"fold-{fold}-seed-{seed}")]
             found.append(parse_recipe([*arguments, *split, *own]))
@@ -120,8 +132,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folds", nargs="+", metavar="FOLD", help="Test folds; default: all of the recipe's.")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="Default: the recipe's one.")
+    parser.add_argument("--last", action="store_true", help="No fold chooses: train on all others, test what is last.")
     options, rest = parser.parse_known_args(arguments)
-    recipes = fold_recipes(rest, options.folds, options.seeds)
+    recipes = fold_recipes(rest, options.folds, options.seeds, options.last)
     for recipe in recipes:
         train.main(recipe)
     if recipes[0].training.process_index:

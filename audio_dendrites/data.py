@@ -122,7 +122,10 @@ def split_by_fold(index: DataFrame, arguments: DataArguments) -> dict[str, np.nd
                 f"fold {', '.join(both)} stands in train_{way} and in {split}_{way}: the score would be worthless"
             )
     if both := sorted(set(asked["validation"]) & set(asked["test"])):
-        logger.warning("Fold %s chooses the checkpoint and tests it: the test score is optimistic.", ", ".join(both))
+        logger.warning(
+            "Fold %s is in validation and in test: if it chooses the checkpoint, its score is optimistic.",
+            ", ".join(both),
+        )
     by_name = index["clip"].argsort(kind="stable").to_numpy()
     splits = {split: by_name[index["fold"].iloc[by_name].isin(folds)] for split, folds in asked.items()}
     return splits | {"train": _check_leaks(index["group"], splits, arguments)}

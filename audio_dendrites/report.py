@@ -300,7 +300,7 @@ def run_metrics(
     return {
         **run_facts(recipe, trainer, labels),
         **{split: score(table, labels) | {"folds": recipe.data.folds[split]} for split, table in predictions.items()},
-        "best_step": state.best_global_step,
+        "best_step": state.best_global_step if recipe.training.load_best_model_at_end else None,
         "averaged_steps": getattr(trainer, "averaged_steps", []),  # else the best step's weights are the final ones
         "steps": state.global_step,
         "epochs": state.epoch,
@@ -334,7 +334,7 @@ def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[s
         "local": [name for name, source in sources.items() if is_local(source)],
         "labels": list(labels),
         "sampling_rate": trainer.processing_class.sampling_rate,
-        "chosen_by": recipe.training.metric_for_best_model,
+        "chosen_by": recipe.training.metric_for_best_model if recipe.training.load_best_model_at_end else None,
         "parameters": grower.parameters(trainer.model)
         if grower is not None and grower.active
         else sum(parameter.numel() for parameter in parameters),

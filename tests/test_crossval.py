@@ -5,8 +5,10 @@ from importlib.util import find_spec
 
 import pandas
 import pytest
+import torch
 import yaml
 from conftest import TINY_AST, TONES
+from safetensors.torch import load_file
 
 import crossval
 from audio_dendrites.config import RecipeError
@@ -49,6 +51,20 @@ def test_every_fold_is_tested_once_and_a_finished_run_is_kept(recipe, tmp_path, 
         in capsys.readouterr().out
     )
     assert (tmp_path / "runs" / "confusion_matrix_baseline.png").exists()
+
+
+def test_with_last_all_other_folds_train_and_none_chooses(recipe, tmp_path):
+    crossval.main([recipe(num_train_epochs=2), "--last", "--folds", "2"])
+    folder = tmp_path / "runs" / "fold-2-seed-42"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["validation"]["folds"] == metrics["test"]["folds"] == ["2"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train_folds"] == ["1", "3"]
+    assert metrics["chosen_by"] is None and metrics["best_step"] is None and metrics["steps"] == 8
+    assert "The weights are those of the last step" in (folder / "README.md").read_text()
+    last, saved = (load_file(path / "model.safetensors") for path in (folder / "checkpoint-8", folder))
+    assert all(torch.equal(last[name], saved[name]) for name in last if name in saved)
+    with pytest.raises(RecipeError, match="early_stopping_patience: found 2 with --last, wanted none"):
+        crossval.main([recipe(early_stopping_patience=2), "--last"])
 
 
 @pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")
