@@ -17,8 +17,8 @@ import numpy as np
 from pandas import DataFrame
 from scipy.special import log_softmax, logsumexp
 
-from audio_dendrites.config import RecipeError, written_whole
-from audio_dendrites.report import SCORES, markdown_table, score
+from audio_dendrites.config import SCORES, RecipeError, written_whole
+from audio_dendrites.report import markdown_table, score
 from audio_dendrites.runs import check_same_clips, check_same_task, read_run
 
 

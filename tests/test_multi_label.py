@@ -66,17 +66,18 @@ def test_binary_cross_entropy_is_the_mean_over_clips_and_classes():
 
 
 @pytest.mark.parametrize(
-    ("fields", "multi_label", "message"),
+    ("fields", "message"),
     [
-        ({"loss": "cross_entropy", "metric_for_best_model": "mAP"}, True, "loss: found cross_entropy"),
-        ({"loss": "bce", "label_smoothing_factor": 0.1}, False, "label_smoothing_factor: found 0.1"),
-        ({}, True, "metric_for_best_model: found accuracy, wanted mAP or loss"),
-        ({"metric_for_best_model": "eval_macro_f1"}, True, "metric_for_best_model: found macro_f1"),
+        ({"loss": "cross_entropy", "metric_for_best_model": "mAP"}, "loss: found cross_entropy"),
+        ({"label_smoothing_factor": 0.1, "metric_for_best_model": "mAP"}, "label_smoothing_factor: found 0.1"),
+        ({}, "metric_for_best_model: found accuracy, wanted mAP or loss"),
+        ({"metric_for_best_model": "eval_macro_f1"}, "metric_for_best_model: found macro_f1"),
     ],
 )
-def test_what_multi_label_clips_cannot_have_is_an_error(fields, multi_label, message):
+def test_what_multi_label_clips_cannot_have_is_an_error(fields, message):
+    arguments = RunArguments("x", **fields)
     with pytest.raises(RecipeError, match=message):
-        resolve_loss(RunArguments("x", **fields), multi_label)
+        resolve_loss(arguments, multi_label=True)
 
 
 def test_auto_is_the_loss_of_the_labels():
