@@ -29,7 +29,11 @@ class RecipeError(ValueError):
 
 
 SPLITS = ("train", "validation", "test")
-SCORES = ("accuracy", "macro_f1", "mAP")  # of an evaluation, as metrics.py computes them; of multi-label clips mAP alone
+SCORES = (
+    "accuracy",
+    "macro_f1",
+    "mAP",
+)  # of an evaluation, as metrics.py computes them; of multi-label clips mAP alone
 
 
 @dataclass
