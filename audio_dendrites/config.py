@@ -33,7 +33,7 @@ SCORES = (
     "accuracy",
     "macro_f1",
     "mAP",
-)  # of an evaluation, as metrics.py computes them; of multi-label clips mAP alone
+)  # of an evaluation; of multi-label clips mAP alone
 
 
 @dataclass
