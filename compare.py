@@ -3,7 +3,8 @@
     python compare.py BASELINE DENDRITIC [--output FOLDER]
     python compare.py --baseline FOLDER ... --dendritic FOLDER ... [--output FOLDER]
 
-Several folders a side are runs with other seeds or other test folds. Writes comparison.md, comparison.png and
+Several folders a side are runs with other seeds or other test folds. The score is accuracy or, where clips are
+multi-label, mAP: of a side the mean of its runs'. Writes comparison.md, comparison.png and
 comparison.json; the last also into the run folders of both sides where each is one run, for their model cards.
 """
 
@@ -23,9 +24,17 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from audio_dendrites.config import RecipeError, written_whole
+from audio_dendrites.data import encode_labels, is_multi_label
+from audio_dendrites.metrics import average_precisions
 from audio_dendrites.report import markdown_table
 from audio_dendrites.runs import check_same_clips, check_same_task, read_run, refuse
-from audio_dendrites.statistics import bootstrap_interval, error_reduction, mcnemar_exact
+from audio_dendrites.statistics import (
+    DRAWS,
+    average_precision_interval,
+    bootstrap_interval,
+    error_reduction,
+    mcnemar_exact,
+)
 
 matplotlib.use("agg")
 
@@ -39,17 +48,14 @@ class Side:
     Attributes:
         folders: Run folders.
         metrics: metrics.json of each.
-        clips: One row a test clip, sorted by it: `label`, `group` (source recording), `right` (share of the runs that
-            had it right) and `runs` (how many tested it).
+        tables: predictions.parquet of each.
+        clips: One row a test clip, sorted by it: `label`, `group` (source recording) and `runs` (how many tested it).
     """
 
     folders: list[Path]
     metrics: list[dict[str, Any]]
+    tables: list[DataFrame]
     clips: DataFrame
-
-    @property
-    def accuracies(self) -> list[float]:
-        return [metrics["test"]["accuracy"] for metrics in self.metrics]
 
     @property
     def parameters(self) -> float:
@@ -69,10 +75,10 @@ class Side:
     def steps(self) -> list[int]:
         return sorted({metrics["steps"] for metrics in self.metrics})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, **score: float) -> dict[str, Any]:
         return {
             "runs": [folder.name for folder in self.folders],
-            "accuracy": float(self.clips["right"].mean()),
+            **score,
             "parameters": self.parameters,
             "steps": self.steps,
             "seconds_a_step": self.step_seconds,
@@ -80,44 +86,77 @@ class Side:
 
 
 @dataclass
-class Comparison:
-    """What `compare` finds; accuracies from 0 to 1, the rest as named."""
+class Score:
+    """What both sides are compared by; each pair is the baseline's and the dendritic side's, from 0 to 1.
 
-    baseline: Side
-    dendritic: Side
-    accuracy: tuple[float, float]
-    error_reduction_percent: float | None
-    parameters_added_percent: float
-    step_time_ratio: float | None
-    lost: int
-    won: int
-    p: float
+    Attributes:
+        name: As metrics.json has it.
+        values: Of the sides.
+        runs: Of the runs of each.
+        by_class: One row a class, columns `baseline` and `dendritic`.
+        class_score: What that holds.
+        interval: 95 % bootstrap interval of the difference by source recording, from -1 to 1.
+        method: How to read interval and tests, for comparison.md.
+        p: McNemar's; none where a clip is not right or wrong.
+        error_reduction_percent: Likewise; none too where the baseline makes no errors.
+        rows: What the table has of this score alone.
+    """
+
+    name: str
+    values: tuple[float, float]
+    runs: tuple[Sequence[float], Sequence[float]]
+    by_class: DataFrame
+    class_score: str
     interval: tuple[float, float]
+    method: str
+    p: float | None = None
+    error_reduction_percent: float | None = None
+    rows: Sequence[Sequence[str]] = ()
 
     @property
     def difference(self) -> float:
-        return self.accuracy[1] - self.accuracy[0]
+        return self.values[1] - self.values[0]
+
+    @property
+    def tests(self) -> dict[str, bool]:
+        """Whether each test calls the difference significant."""
+        mcnemar = {} if self.p is None else {"McNemar's test": self.p < SIGNIFICANT}
+        return mcnemar | {"the interval": not self.interval[0] <= 0 <= self.interval[1]}
 
     @property
     def is_significant(self) -> bool:
-        """Both tests must say so: McNemar's takes clips as independent, the interval knows their recordings."""
-        return self.p < SIGNIFICANT and not self.interval[0] <= 0 <= self.interval[1]
+        """All tests must say so: McNemar's takes clips as independent, the interval knows their recordings."""
+        return all(self.tests.values())
+
+
+@dataclass
+class Comparison:
+    """What `compare` finds."""
+
+    baseline: Side
+    dendritic: Side
+    score: Score
+    parameters_added_percent: float
+    step_time_ratio: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """comparison.json; the interval is one of accuracy, from -1 to 1."""
-        return {
+        """comparison.json; the interval is from -1 to 1, and what multi-label clips have no meaning for is left out."""
+        score = self.score
+        found = {
             "dataset": self.baseline.metrics[0]["dataset"],
             "clips": len(self.baseline.clips),
-            "baseline": self.baseline.to_dict(),
-            "dendritic": self.dendritic.to_dict(),
-            "error_reduction_percent": self.error_reduction_percent,
+            "baseline": self.baseline.to_dict(**{score.name: score.values[0]}),
+            "dendritic": self.dendritic.to_dict(**{score.name: score.values[1]}),
+            "error_reduction_percent": score.error_reduction_percent,
             "parameters_added_percent": self.parameters_added_percent,
             "step_time_ratio": self.step_time_ratio,
-            "p": self.p,
-            "interval": list(self.interval),
-            "significant": self.is_significant,
+            "p": score.p,
+            "interval": list(score.interval),
+            "significant": score.is_significant,
             "verdict": verdict(self),
         }
+        meaningless = {"error_reduction_percent", "p"} if score.p is None else set()
+        return {name: value for name, value in found.items() if name not in meaningless}
 
 
 def read_side(folders: Sequence[Path]) -> Side:
@@ -126,12 +165,9 @@ def read_side(folders: Sequence[Path]) -> Side:
     Raises:
         RecipeError: A folder is no finished run, or the runs do not fit together.
     """
-    runs = [read_run(folder) for folder in folders]
-    rows = pandas.concat([table for _, table in runs])
-    by_clip = rows.assign(right=rows["label"] == rows["predicted"]).groupby("clip")
-    clips = by_clip.agg(
-        label=("label", "first"), group=("group", "first"), right=("right", "mean"), runs=("right", "size")
-    )
+    metrics, tables = zip(*map(read_run, folders), strict=True)
+    by_clip = pandas.concat(tables).groupby("clip")
+    clips = by_clip.agg(label=("label", "first"), group=("group", "first"), runs=("label", "size"))
     for column in ("label", "group"):
         refuse(by_clip.size()[by_clip[column].nunique() > 1], f"{_names(folders)} differ in the {column} of")
     few, many = clips["runs"].min(), clips["runs"].max()
@@ -139,74 +175,155 @@ def read_side(folders: Sequence[Path]) -> Side:
         clips[clips["runs"] == few] if few < many else clips[:0],
         f"{_names(folders)}: wanted as many runs for every clip, but most have {many} and {few} tested",
     )
-    return Side(list(folders), [metrics for metrics, _ in runs], clips)
+    return Side(list(folders), list(metrics), list(tables), clips)
 
 
 def compare(baseline: Side, dendritic: Side) -> Comparison:
     """Compare two sides on the clips that both tested.
 
     Raises:
-        RecipeError: They were not tested on the same clips of one data set.
+        RecipeError: They were not tested on the same clips of one data set or, where the score is mAP, not by the same
+            test folds.
     """
     check_same_task([*baseline.folders, *dendritic.folders], [*baseline.metrics, *dendritic.metrics])
     check_same_clips(baseline.clips, dendritic.clips, _names(baseline.folders), _names(dendritic.folders))
-    before, after = baseline.clips["right"].to_numpy(), dendritic.clips["right"].to_numpy()
-    lost, won, p = mcnemar_exact(before, after)
+    score = mean_average_precision if is_multi_label(baseline.clips["label"]) else accuracy
     return Comparison(
         baseline,
         dendritic,
-        accuracy=(before.mean(), after.mean()),
-        error_reduction_percent=error_reduction(before.mean(), after.mean()),
+        score(baseline, dendritic),
         parameters_added_percent=100 * (dendritic.parameters / baseline.parameters - 1),
         step_time_ratio=dendritic.step_seconds / baseline.step_seconds
         if baseline.step_seconds and dendritic.step_seconds
         else None,
-        lost=lost,
-        won=won,
-        p=p,
-        interval=bootstrap_interval(before, after, baseline.clips["group"].to_numpy()),
     )
 
 
+def accuracy(baseline: Side, dendritic: Side) -> Score:
+    """Of clips with one class each: of all clips, each by the share of its runs that had it right."""
+    before, after = rights = [_right(side) for side in (baseline, dendritic)]
+    values = (before.mean(), after.mean())
+    lost, won, p = mcnemar_exact(before, after)
+    reduction = error_reduction(*values)
+    labels = baseline.clips["label"].to_numpy()
+    return Score(
+        name="accuracy",
+        values=values,
+        runs=tuple([metrics["test"]["accuracy"] for metrics in side.metrics] for side in (baseline, dendritic)),
+        by_class=DataFrame({"baseline": before, "dendritic": after}).groupby(labels).mean(),
+        class_score="accuracy",
+        interval=bootstrap_interval(before, after, baseline.clips["group"].to_numpy()),
+        method=f"""clips in pairs. McNemar's test takes clips
+as independent. With several runs a side, a clip goes to the side that had it right in the larger share of its runs.
+A difference is called significant where the test's p is below {SIGNIFICANT} and the interval excludes 0.""",
+        p=p,
+        error_reduction_percent=reduction,
+        rows=[
+            [
+                "errors a run",
+                *(f"{(1 - right).sum():.1f} of {len(right)}" for right in rights),
+                "no errors to reduce" if reduction is None else f"{reduction:.1f} % error reduction",
+            ],
+            ["clips it alone has right", str(lost), str(won), f"McNemar's exact p = {p:.2g}"],
+        ],
+    )
+
+
+def mean_average_precision(baseline: Side, dendritic: Side) -> Score:
+    """mAP, of clips with any number of classes: of a side the mean of its runs', each over the clips that it tested.
+
+    Logits of two models are on scales of their own, so clips are ranked only among those of the same run (Forman and
+    Scholz 2010, "Apples-to-apples in cross-validation studies", on averages over folds). An mAP depends on the clips
+    that are ranked: both sides must have the same test folds.
+
+    Raises:
+        RecipeError: They have not, or no test clip has a class.
+    """
+    sides = (baseline, dendritic)
+    names = [_names(side.folders) for side in sides]
+    tests = [{frozenset(table["clip"]) for table in side.tables} for side in sides]
+    if tests[0] != tests[1]:
+        raise RecipeError(
+            f"{names[0]} and {names[1]} were not tested by the same folds, and an mAP is one of all clips of a test: "
+            "wanted the same test folds on both sides"
+        )
+    labels = baseline.metrics[0]["labels"]
+    references = encode_labels(baseline.clips["label"], labels)
+    if not references.any():
+        raise RecipeError(f"{names[0]}: no test clip has a class, wanted some to compute mAP from")
+    before, after = (_average_precisions(side, labels) for side in sides)  # means are of the classes that occur
+    runs = (before.mean(axis=1).dropna(), after.mean(axis=1).dropna())
+    return Score(
+        name="mAP",
+        values=(runs[0].mean(), runs[1].mean()),
+        runs=runs,
+        by_class=DataFrame({"baseline": before.mean(), "dendritic": after.mean()}).dropna(),
+        class_score="average precision",
+        interval=average_precision_interval(
+            *(_logits(side, len(labels)) for side in sides), references, baseline.clips["group"].to_numpy()
+        ),
+        method="""both sides and all runs by
+the same draw. mAP is the mean of the average precisions of the classes that occur; of a side it is the mean of its
+runs', each over the clips that it tested. A clip of several classes is not right or wrong, so there is no McNemar's
+test. A difference is called significant where the interval excludes 0.""",
+    )
+
+
+def _right(side: Side) -> np.ndarray:
+    """(clips,) share of the runs that had each clip right."""
+    rows = pandas.concat(side.tables)
+    return (rows["label"] == rows["predicted"]).groupby(rows["clip"]).mean().to_numpy()
+
+
+def _average_precisions(side: Side, labels: Sequence[str]) -> DataFrame:
+    """(runs, classes), NaN for the classes that do not occur among a run's clips."""
+    found = [
+        average_precisions(np.stack(table["logits"]), encode_labels(table["label"], labels)) for table in side.tables
+    ]
+    return DataFrame(found, columns=labels)
+
+
+def _logits(side: Side, classes: int) -> np.ndarray:
+    """(runs, clips, classes), NaN for the clips that a run did not test."""
+    logits = np.full((len(side.tables), len(side.clips), classes), np.nan, dtype=np.float32)
+    for run, table in zip(logits, side.tables, strict=True):
+        run[side.clips.index.get_indexer(table["clip"])] = np.stack(table["logits"])
+    return logits
+
+
 def verdict(found: Comparison) -> str:
-    """One line: whether dendrites changed the accuracy, how sure that is, and whether the trainings were equal."""
+    """One line: whether dendrites changed the score, how sure that is, and whether the trainings were equal."""
     unequal = ""
     if found.baseline.steps != found.dendritic.steps:
         steps = [_span([str(count) for count in side.steps]) for side in (found.baseline, found.dendritic)]
         unequal = f" Not the same training: the baseline took {steps[0]} steps, the dendritic model {steps[1]}."
-    return _finding(found) + unequal
+    return _finding(found.score) + unequal
 
 
-def _finding(found: Comparison) -> str:
-    low, high = (100 * end for end in found.interval)
+def _finding(score: Score) -> str:
+    low, high = (100 * end for end in score.interval)
+    mcnemar = "" if score.p is None else f", McNemar p = {score.p:.2g}"
     numbers = (
-        f"{100 * found.difference:+.2f} points of accuracy (95 % interval {low:+.2f} to {high:+.2f} by source "
-        f"recording, McNemar p = {found.p:.2g})"
+        f"{100 * score.difference:+.2f} points of {score.name} (95 % interval {low:+.2f} to {high:+.2f} by source "
+        f"recording{mcnemar})"
     )
-    if found.is_significant:
-        return f"Dendrites {'raise' if found.difference > 0 else 'lower'} the accuracy: {numbers}."
-    excludes_zero = not low <= 0 <= high
-    if found.p < SIGNIFICANT or excludes_zero:
-        yes, no = ("McNemar's test", "the interval")[:: -1 if excludes_zero else 1]
+    if score.is_significant:
+        return f"Dendrites {'raise' if score.difference > 0 else 'lower'} the {score.name}: {numbers}."
+    if any(score.tests.values()):
+        no, yes = sorted(score.tests, key=score.tests.get)
         return f"The difference is not significant, {yes} says otherwise but {no} does not: {numbers}."
     return f"The difference is not significant: {numbers}."
 
 
 def summary(found: Comparison) -> str:
     """The table of both sides, as Markdown."""
-    sides = (found.baseline, found.dendritic)
-    reduction = found.error_reduction_percent
+    sides, score = (found.baseline, found.dendritic), found.score
     rows = [
         ["", "baseline", "dendritic", "change"],
         ["runs", *(str(len(side.folders)) for side in sides), ""],
-        ["accuracy", *(f"{accuracy:.4f}" for accuracy in found.accuracy), f"{100 * found.difference:+.2f} points"],
-        ["accuracy of the runs", *(_span([f"{a:.4f}" for a in side.accuracies]) for side in sides), ""],
-        [
-            "errors a run",
-            *(f"{(1 - side.clips['right']).sum():.1f} of {len(side.clips)}" for side in sides),
-            "no errors to reduce" if reduction is None else f"{reduction:.1f} % error reduction",
-        ],
-        ["clips it alone has right", str(found.lost), str(found.won), f"McNemar's exact p = {found.p:.2g}"],
+        [score.name, *(f"{value:.4f}" for value in score.values), f"{100 * score.difference:+.2f} points"],
+        [f"{score.name} of the runs", *(_span([f"{value:.4f}" for value in runs]) for runs in score.runs), ""],
+        *score.rows,
         ["parameters", *(f"{side.parameters:,.0f}" for side in sides), f"{found.parameters_added_percent:+.2f} %"],
         ["steps", *(_span([str(steps) for steps in side.steps]) for side in sides), ""],
     ]
@@ -225,12 +342,10 @@ def report(found: Comparison) -> str:
 
 {summary(found)}
 
-![Difference and accuracy by class](comparison.png)
+![Difference and {found.score.class_score} by class](comparison.png)
 
 {found.baseline.metrics[0]["dataset"]}: {len(clips)} test clips of {clips["group"].nunique()} source recordings. The
-interval is the 2.5 to 97.5 % of 10,000 bootstrap draws of whole recordings, clips in pairs. McNemar's test takes clips
-as independent. With several runs a side, a clip goes to the side that had it right in the larger share of its runs.
-A difference is called significant where the test's p is below {SIGNIFICANT} and the interval excludes 0.
+interval is the 2.5 to 97.5 % of {DRAWS:,} bootstrap draws of whole recordings, {found.score.method}
 
 - baseline: {_names(found.baseline.folders)}
 - dendritic: {_names(found.dendritic.folders)}
@@ -238,27 +353,22 @@ A difference is called significant where the test's p is below {SIGNIFICANT} and
 
 
 def plot(found: Comparison, path: Path) -> None:
-    """The difference with its interval, and the accuracy of both by class."""
-    by_class = DataFrame(
-        {
-            name: side.clips.groupby("label")["right"].mean()
-            for name, side in (("baseline", found.baseline), ("dendritic", found.dendritic))
-        }
-    )
+    """The difference with its interval, and the score of both by class."""
+    score, by_class = found.score, found.score.by_class
     figure = Figure(figsize=(11, 2 + 0.35 * len(by_class)), layout="constrained")
     difference, classes = figure.subplots(1, 2, width_ratios=[1, 2])
-    low, high = (100 * end for end in found.interval)
+    low, high = (100 * end for end in score.interval)
     difference.axvline(0, color="grey", linewidth=1)
     difference.plot([low, high], [0, 0], linewidth=3, color="C1")
-    difference.plot([100 * found.difference], [0], "o", markersize=9, color="C1")
-    difference.set(title="dendritic − baseline, 95 % interval", xlabel="points of accuracy", yticks=[])
+    difference.plot([100 * score.difference], [0], "o", markersize=9, color="C1")
+    difference.set(title="dendritic − baseline, 95 % interval", xlabel=f"points of {score.name}", yticks=[])
     rows = np.arange(len(by_class))
     classes.hlines(rows, by_class.min(axis=1), by_class.max(axis=1), color="lightgrey", linewidth=3, zorder=0)
     classes.scatter(
         by_class["baseline"], rows, label="baseline", s=120, facecolors="none", edgecolors="C0", linewidths=2
     )
     classes.scatter(by_class["dendritic"], rows, label="dendritic", color="C1")
-    classes.set(title="accuracy by class", xlim=(-0.03, 1.03), yticks=rows, yticklabels=by_class.index)
+    classes.set(title=f"{score.class_score} by class", xlim=(-0.03, 1.03), yticks=rows, yticklabels=by_class.index)
     classes.invert_yaxis()
     classes.legend(loc="lower left")
     with written_whole(path) as beside:

@@ -17,8 +17,9 @@ import numpy as np
 from pandas import DataFrame
 from scipy.special import log_softmax, logsumexp
 
-from audio_dendrites.config import RecipeError, written_whole
-from audio_dendrites.report import SCORES, markdown_table, score
+from audio_dendrites.config import SCORES, RecipeError, written_whole
+from audio_dendrites.data import is_multi_label
+from audio_dendrites.report import markdown_table, score
 from audio_dendrites.runs import check_same_clips, check_same_task, read_run
 
 
@@ -33,7 +34,8 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
         parameters and steps are those of all runs; and its predictions.parquet.
 
     Raises:
-        RecipeError: A folder is no finished run, or the runs did not test the same clips of the same classes.
+        RecipeError: A folder is no finished run, the runs did not test the same clips of the same classes, or the clips
+            are multi-label.
     """
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise RecipeError(f"found {', '.join(map(str, folders))}; wanted two run folders or more, no one twice")
@@ -42,6 +44,8 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
     labels = members[0]["labels"]
     tables = [table.set_index("clip") for table in tables]
     first = tables[0]
+    if is_multi_label(first["label"]):
+        raise RecipeError(f"{folders[0]} was tested on multi-label clips, wanted clips of one class each")
     for folder, table in zip(folders[1:], tables[1:], strict=True):
         check_same_clips(first, table, str(folders[0]), str(folder))
     aligned = [table.loc[first.index] for table in tables]

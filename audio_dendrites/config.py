@@ -30,6 +30,7 @@ class RecipeError(ValueError):
 
 SPLITS = ("train", "validation", "test")
 LISTS = ("validation_list", "test_list")
+SCORES = ("accuracy", "macro_f1", "mAP")  # of an evaluation; of multi-label clips mAP alone
 
 
 @dataclass
@@ -148,6 +149,7 @@ class DataArguments:
             self.test_folds = self.test_folds or ["10"]
         if not self.train_split:
             self.dataset_split = self.dataset_split or "train"
+        self._check_overlap()
 
     def _check_own_splits(self) -> None:
         for split in SPLITS:
@@ -163,6 +165,14 @@ class DataArguments:
                 f"split_shares: found {' '.join(map(str, shares)) or 'none'}, wanted three numbers above 0 that sum "
                 "to 1: the shares of train, validation and test"
             )
+
+    def _check_overlap(self) -> None:
+        way = "split" if self.train_split else "folds"
+        for split in ("validation", "test"):
+            if both := sorted(set(self.folds["train"]) & set(self.folds[split])):
+                raise RecipeError(
+                    f"fold {', '.join(both)} stands in train_{way} and in {split}_{way}: the score would be worthless"
+                )
 
     @property
     def folds(self) -> dict[str, list[str]]:
@@ -378,6 +388,10 @@ class RunArguments(TrainingArguments):
             raise RecipeError(f"window_overlap: found {self.window_overlap}, wanted 0 to under 1")
         if not 0 < self.distillation <= 1:
             raise RecipeError(f"distillation: found {self.distillation}, wanted above 0, up to 1")
+        metric = self.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") not in (*SCORES, "loss"):
+            raise RecipeError(f"metric_for_best_model: found {metric}, wanted {', '.join(SCORES)} or loss")
+        self.check_loss(self.loss)
         if self.balanced_sampling and self.train_sampling_strategy != "random":
             raise RecipeError(
                 f"train_sampling_strategy: found {self.train_sampling_strategy} beside balanced_sampling: wanted random"
@@ -393,6 +407,17 @@ class RunArguments(TrainingArguments):
         if self.push_to_hub and self.hub_model_id is None:
             self.hub_model_id = default_hub_model_id(self.output_dir)
         self._check_averages()
+
+    def check_loss(self, loss: str) -> None:
+        """Whether the other fields fit a loss; what `auto` stands for is only known with the data.
+
+        Raises:
+            RecipeError: They do not.
+        """
+        if loss == "bce" and self.label_smoothing_factor:
+            raise RecipeError(
+                f"label_smoothing_factor: found {self.label_smoothing_factor}, wanted none with the loss bce"
+            )
 
     def _check_averages(self) -> None:
         count, limit = self.average_checkpoints, self.save_total_limit

@@ -42,7 +42,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import HubStrategy
 
 from audio_dendrites import synth
-from audio_dendrites.config import RecipeError, written_whole
+from audio_dendrites.config import SCORES, RecipeError, written_whole
 from audio_dendrites.data import WEIGHT_FILES, is_local
 from audio_dendrites.report import classes_table, is_finished, markdown_table, score_names, scores_table
 
@@ -431,12 +431,12 @@ def _beside(comparison: Mapping[str, Any] | None) -> str | None:
     rows += [
         [label, *(write(side[key]) for side in sides)]
         for label, key, write in (
-            ("accuracy", "accuracy", "{:.4f}".format),
+            *((name, name, "{:.4f}".format) for name in SCORES),
             ("parameters", "parameters", "{:,.0f}".format),
             ("steps", "steps", lambda steps: " ".join(map(str, steps))),
             ("seconds a step", "seconds_a_step", "{:.4f}".format),
         )
-        if all(side[key] is not None for side in sides)
+        if all(side.get(key) is not None for side in sides)
     ]
     return markdown_table(rows)
 

@@ -27,14 +27,13 @@ from transformers import AudioClassificationPipeline, Trainer, pipeline
 from transformers.trainer_utils import PredictionOutput
 
 from audio_dendrites.audio import load_waveform
-from audio_dendrites.config import Recipe, written_whole
+from audio_dendrites.config import SCORES, Recipe, written_whole
 from audio_dendrites.data import encode_labels, is_local, is_multi_label
 from audio_dendrites.metrics import PerClassAccuracy, average_precisions, evaluate_scores
 from audio_dendrites.windows import classify, pipeline_windows
 
 matplotlib.use("agg")
 
-SCORES = ("accuracy", "macro_f1", "mAP")
 TOKEN_OPTION = r"--\w+[_-]token"
 PACKAGES = ("torch", "torchaudio", "transformers", "datasets", "accelerate", "evaluate")
 

@@ -9,10 +9,11 @@ import pandas
 from pandas import DataFrame, Series
 
 from audio_dendrites.config import RecipeError
+from audio_dendrites.data import is_multi_label
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
-    """metrics.json and predictions.parquet of one run.
+    """metrics.json and predictions.parquet of one run; of multi-label clips `label` is a sorted tuple.
 
     Raises:
         RecipeError: The folder is no finished run, or one of an older train.py.
@@ -24,16 +25,14 @@ def read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
                 "goes on with it"
             )
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    if "accuracy" not in metrics["test"]:
-        raise RecipeError(
-            f"{folder} was tested on multi-label clips, wanted clips of one class each: it has no accuracy"
-        )
     predictions = pandas.read_parquet(folder / "predictions.parquet")
     if "group" not in predictions:
         raise RecipeError(
             f"{folder}/predictions.parquet has no column 'group' (source recording), it has "
             f"{', '.join(predictions.columns)}: an older train.py wrote it; train again"
         )
+    if is_multi_label(predictions["label"]):
+        predictions["label"] = predictions["label"].map(lambda names: tuple(sorted(names)))
     return metrics, predictions
 
 

@@ -312,8 +312,7 @@ def resolve_loss(args: RunArguments, multi_label: bool) -> str:
     loss = args.loss if args.loss != "auto" else "bce" if multi_label else "cross_entropy"
     if multi_label and loss == "cross_entropy":
         raise RecipeError("loss: found cross_entropy, but the clips have lists of labels: wanted bce or auto")
-    if loss == "bce" and args.label_smoothing_factor:
-        raise RecipeError(f"label_smoothing_factor: found {args.label_smoothing_factor}, wanted none with the loss bce")
+    args.check_loss(loss)
     metric = str(args.metric_for_best_model).removeprefix("eval_")
     if multi_label and metric in ("accuracy", "macro_f1"):
         raise RecipeError(f"metric_for_best_model: found {metric}, wanted mAP or loss: the clips have lists of labels")

@@ -9,10 +9,16 @@ import pytest
 from conftest import ROOT
 from matplotlib.image import imread
 from pandas import DataFrame
+from sklearn.metrics import average_precision_score
 
 import compare
 from audio_dendrites.config import RecipeError
-from audio_dendrites.statistics import bootstrap_interval, error_reduction, mcnemar_exact
+from audio_dendrites.statistics import (
+    average_precision_interval,
+    bootstrap_interval,
+    error_reduction,
+    mcnemar_exact,
+)
 
 
 def test_error_reduction_is_the_share_of_errors_that_went():
@@ -39,6 +45,13 @@ def test_statistics_of_different_lengths_are_an_error():
         mcnemar_exact([1, 0], [1])
     with pytest.raises(ValueError, match="found 3 groups for 2 clips"):
         bootstrap_interval([1, 0], [1, 1], np.arange(3))
+    scores = np.zeros((1, 2, 3))
+    with pytest.raises(ValueError, match=r"scores \(2, 3\) and \(1, 3\) for references \(2, 3\), wanted the same"):
+        average_precision_interval(scores, scores[:, :1], np.ones((2, 3)), np.arange(2))
+    with pytest.raises(ValueError, match="at least one that occurs"):
+        average_precision_interval(scores, scores, np.zeros((2, 3)), np.arange(2))
+    with pytest.raises(ValueError, match="found 3 groups for 2 clips"):
+        average_precision_interval(scores, scores, np.ones((2, 3)), np.arange(3))
 
 
 def test_the_bootstrap_draws_recordings_not_clips():
@@ -59,6 +72,46 @@ def test_the_bootstrap_agrees_with_the_normal_interval_of_many_recordings():
     assert high == pytest.approx(difference.mean() + half, abs=0.003)
     assert bootstrap_interval(baseline, baseline, np.arange(2000)) == (0, 0)
     assert bootstrap_interval(baseline, other, np.arange(2000), seed=0) == (low, high)
+
+
+def test_the_bootstrap_of_average_precision_by_hand():
+    # One class, recordings a and b of a positive and a negative clip each. The other side ranks all rightly. Of the
+    # baseline's draws aa has average precision 1, ab (1 + 2/3) / 2, and bb, positives below as many negatives, 1/2.
+    references, groups = np.array([[1], [0], [1], [0]]), ["a", "a", "b", "b"]
+    baseline, other = np.array([[[4.0], [1], [2], [3]]]), np.array([[[4.0], [1], [3], [2]]])
+    assert average_precision_interval(baseline, other, references, groups) == (0, 0.5)
+    assert average_precision_interval(other, baseline, references, groups) == (-0.5, 0)
+    middle = average_precision_interval(baseline, other, references, groups, level=0.4)
+    assert middle == pytest.approx((1 / 6, 1 / 6))
+    # A third recording has no clip of the class: draws of it alone are left out.
+    references, groups = np.vstack([references, [[0]]]), [*groups, "c"]
+    baseline, other = (np.concatenate([side, [[[0.0]]]], axis=1) for side in (baseline, other))
+    assert average_precision_interval(baseline, other, references, groups) == (0, 0.5)
+
+
+@pytest.mark.parametrize("seeds", [(1, 1), (2, 3)])
+def test_the_bootstrap_of_average_precision_is_that_of_scikit_learn_in_a_loop(seeds):
+    random, clips, draws = np.random.default_rng(3), 40, 150
+    references = random.random((clips, 4)) < [0.4, 0.2, 0.05, 0]  # one rare, one that does not occur
+    groups, fold = random.integers(12, size=clips), np.arange(clips) % 2
+    sides = []
+    for count in seeds:
+        scores = np.round(random.standard_normal((count, clips, 4)) + references, 1)  # some are equal
+        sides.append(np.concatenate([np.where((fold == one)[:, None], scores, np.nan) for one in (0, 1)]))
+
+    def score(run, rows):
+        rows = rows[~np.isnan(run[rows, 0])]
+        found = [label for label in range(4) if references[rows, label].any()]
+        precisions = [average_precision_score(references[rows, label], run[rows, label]) for label in found]
+        return np.mean(precisions) if precisions else np.nan
+
+    names, differences = np.unique(groups), []
+    for picked in np.random.default_rng(5).integers(len(names), size=(draws, len(names))):
+        rows = np.concatenate([np.flatnonzero(groups == names[number]) for number in picked])
+        before, after = (np.nanmean([score(run, rows) for run in side]) for side in sides)
+        differences.append(after - before)
+    found = average_precision_interval(*sides, references, groups, draws=draws, seed=5)
+    assert found == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])), abs=1e-9) and found[0] < found[1]
 
 
 def write_run(folder, wrong, clips=range(40), parameters=1000, seconds=10.0, **fields):

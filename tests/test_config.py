@@ -28,11 +28,11 @@ def test_the_command_line_overrides_yaml_and_yaml_overrides_the_inherited(recipe
 
 def test_negative_numbers_lists_flags_and_mappings_pass_through_yaml(recipe):
     parsed = parse_recipe(
-        [recipe("mean: -4.452\nlabels: [a b, c]\nrandom_crop: false\nmodel_config: {time_stride: 16}\ntest_folds: 7")]
+        [recipe("mean: -4.452\nlabels: [a b, c]\nrandom_crop: false\nmodel_config: {time_stride: 16}\ntest_folds: 11")]
     )
     assert parsed.features.mean == -4.452 and parsed.data.labels == ["a b", "c"]
     assert parsed.augmentation.random_crop is False and parsed.model.model_config == {"time_stride": 16}
-    assert parsed.data.test_folds == ["7"]
+    assert parsed.data.test_folds == ["11"]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,11 @@ def test_negative_numbers_lists_flags_and_mappings_pass_through_yaml(recipe):
         ("a: b: c", "is not YAML"),
         ("inherits: nowhere.yaml", "nowhere.yaml: No such file"),
         ("eval_strategy: steps\nsave_strategy: epoch", "load_best_model_at_end requires"),
+        ("test_folds: 1", "fold 1 stands in train_folds and in test_folds"),
+        ("validation_folds: [8, 9]", "fold 8 stands in train_folds and in validation_folds"),
+        ("train_split: a\nvalidation_split: b\ntest_split: a", "fold a stands in train_split and in test_split"),
+        ("loss: bce\nlabel_smoothing_factor: 0.1", "label_smoothing_factor: found 0.1, wanted none with the loss bce"),
+        ("metric_for_best_model: map", "metric_for_best_model: found map, wanted accuracy, macro_f1, mAP or loss"),
     ],
 )
 def test_a_wrong_recipe_is_an_error_that_names_field_value_and_wanted(recipe, text, message):

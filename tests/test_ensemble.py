@@ -96,6 +96,17 @@ def test_runs_of_other_tests_are_refused(tmp_path, fields, message):
     assert not (tmp_path / "ensemble").exists()
 
 
+def test_clips_of_several_classes_are_refused(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), seed)
+        table = pandas.read_parquet(tmp_path / str(seed) / "predictions.parquet")
+        table.assign(label=[[label] for label in table["label"]]).to_parquet(
+            tmp_path / str(seed) / "predictions.parquet"
+        )
+    with pytest.raises(RecipeError, match="0 was tested on multi-label clips, wanted clips of one class each"):
+        run(tmp_path / "0", tmp_path / "1")
+
+
 def test_labels_that_differ_by_clip_are_refused(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / str(seed), seed)

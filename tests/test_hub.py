@@ -191,6 +191,23 @@ def test_what_is_local_is_no_id_of_the_hub():
     assert "the local model `my-ast` on the local data set `tones.parquet`" in card.content
 
 
+def test_the_card_of_a_multi_label_pair_has_no_accuracy_and_no_test_of_right_clips():
+    per_class = {"cat": {"average_precision": 0.8, "positives": 2}, "dog": {"average_precision": 1.0, "positives": 3}}
+    metrics = METRICS | {"test": {"mAP": 0.9, "clips": 4, "per_class": per_class, "folds": ["10"]}}
+    metrics |= {"validation": {"mAP": 0.8, "clips": 4, "folds": ["9"]}, "dendrites": DENDRITES}
+    comparison = without(COMPARISON, "p", "error_reduction_percent") | {
+        side: without(COMPARISON[side], "accuracy") | {"mAP": score}
+        for side, score in (("baseline", 0.65), ("dendritic", 0.9))
+    }
+    card = ModelCard(model_card(metrics, RECIPE, TEMPLATE, "me/x", {"comparison.png"}, comparison))
+    beside = card.content.split("## Beside")[1].split("## ")[0]
+    assert "| mAP            | 0.6500    | 0.9000    |" in beside and "- test clips: 4\n- added parameters" in beside
+    assert "the difference is significant where it excludes 0." in beside
+    assert "![Difference and average precision by class](comparison.png)" in beside
+    for word in ("McNemar", "rror reduction", "accuracy |", "errors"):
+        assert word not in beside
+
+
 def test_figures_that_were_not_measured_are_left_out():
     comparison = copy.deepcopy(COMPARISON) | {"step_time_ratio": None, "error_reduction_percent": None}
     comparison["baseline"]["seconds_a_step"] = None

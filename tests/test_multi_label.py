@@ -1,6 +1,7 @@
 """Clips with lists of labels: from the column of lists to the pipeline's sigmoid."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pandas
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_AST, TINY_CNN14, TONES
+from matplotlib.image import imread
 from pandas import DataFrame, Series
 from sklearn.metrics import average_precision_score
 from transformers import pipeline
@@ -18,6 +20,7 @@ import crossval
 import train
 from audio_dendrites.config import DataArguments, RecipeError, RunArguments, parse_recipe
 from audio_dendrites.data import _drawn_splits, class_names, encode_labels, load_clips, split_by_fold
+from audio_dendrites.hub import outgoing
 from audio_dendrites.metrics import compute_metrics
 from audio_dendrites.report import score, scores_table
 from audio_dendrites.trainer import classification_loss, resolve_loss
@@ -66,17 +69,18 @@ def test_binary_cross_entropy_is_the_mean_over_clips_and_classes():
 
 
 @pytest.mark.parametrize(
-    ("fields", "multi_label", "message"),
+    ("fields", "message"),
     [
-        ({"loss": "cross_entropy", "metric_for_best_model": "mAP"}, True, "loss: found cross_entropy"),
-        ({"loss": "bce", "label_smoothing_factor": 0.1}, False, "label_smoothing_factor: found 0.1"),
-        ({}, True, "metric_for_best_model: found accuracy, wanted mAP or loss"),
-        ({"metric_for_best_model": "eval_macro_f1"}, True, "metric_for_best_model: found macro_f1"),
+        ({"loss": "cross_entropy", "metric_for_best_model": "mAP"}, "loss: found cross_entropy"),
+        ({"label_smoothing_factor": 0.1, "metric_for_best_model": "mAP"}, "label_smoothing_factor: found 0.1"),
+        ({}, "metric_for_best_model: found accuracy, wanted mAP or loss"),
+        ({"metric_for_best_model": "eval_macro_f1"}, "metric_for_best_model: found macro_f1"),
     ],
 )
-def test_what_multi_label_clips_cannot_have_is_an_error(fields, multi_label, message):
+def test_what_multi_label_clips_cannot_have_is_an_error(fields, message):
+    arguments = RunArguments("x", **fields)
     with pytest.raises(RecipeError, match=message):
-        resolve_loss(RunArguments("x", **fields), multi_label)
+        resolve_loss(arguments, multi_label=True)
 
 
 def test_auto_is_the_loss_of_the_labels():
@@ -145,8 +149,6 @@ def test_a_multi_label_run_ends_with_a_model_whose_pipeline_gives_sigmoids(recip
     assert classify.model.config.problem_type == "multi_label_classification"
     table, found, _ = crossval.summary([folder, folder])
     assert found["mean"] == {"mAP": metrics["test"]["mAP"]} and "| mean " in table and "mAP" in scores_table(metrics)
-    with pytest.raises(RecipeError, match="was tested on multi-label clips"):
-        compare.read_side([folder])
 
 
 def test_one_class_against_the_rest_is_the_sigmoid_too(recipe, tmp_path, capsys):
@@ -161,3 +163,130 @@ def test_one_class_against_the_rest_is_the_sigmoid_too(recipe, tmp_path, capsys)
     assert "accuracy" in metrics["test"] and (tmp_path / "run" / "confusion_matrix.png").exists()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["problem_type"] == "multi_label_classification"
+
+
+PAI = {"max_dendrites": 1, "schedule": "every", "stop_when_complete": False}
+NEEDS_PAI = pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")
+
+
+@NEEDS_PAI
+def test_a_multi_label_recipe_with_a_baseline_ends_with_a_comparison_by_mAP(recipe, tmp_path, capsys):
+    options = ["--num_train_epochs", "3", "--load_best_model_at_end", "false"]  # the best may be one without dendrites
+    train.main(parse_recipe([recipe, "--baseline", "true", "--pai", json.dumps(PAI), *options]))
+    printed = capsys.readouterr().out
+    folders = [tmp_path / "run_baseline", tmp_path / "run"]
+    scores = [json.loads((folder / "metrics.json").read_text())["test"]["mAP"] for folder in folders]
+    found = json.loads((folders[0] / "comparison.json").read_text())
+    assert [found["baseline"]["mAP"], found["dendritic"]["mAP"]] == pytest.approx(scores)
+    assert found["dendritic"]["parameters"] > found["baseline"]["parameters"] and "points of mAP (95 %" in printed
+    page = (folders[1] / "comparison.md").read_text()
+    assert f"| mAP             | {scores[0]:.4f} " in page and "8 test clips of 4 source recordings" in page
+    for folder in folders:
+        card = (folder / "README.md").read_text()
+        assert found["verdict"] in card and "- test clips: 8" in card and "McNemar" not in card
+        assert b'"mAP"' in outgoing(folder)["comparison.json"]
+
+
+@NEEDS_PAI
+def test_cross_validation_compares_multi_label_runs_over_all_folds(recipe, tmp_path, capsys):
+    crossval.main([recipe, "--baseline", "true", "--pai", json.dumps(PAI), "--folds", "1", "2"])
+    runs = [json.loads(path.read_text())["test"]["mAP"] for path in sorted(tmp_path.glob("run/*/metrics.json"))]
+    found = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert len(runs) == 4 and found["baseline"]["mAP"] == pytest.approx(np.mean(runs[1::2]))  # their names end longer
+    assert found["dendritic"]["mAP"] == pytest.approx(np.mean(runs[::2])) and found["clips"] == 16
+    assert "| runs            | 2 " in capsys.readouterr().out
+
+
+CLIPS = [["high"], ["low"], ["low", "high"], [], ["high"], ["low"]]  # two a source recording
+
+
+def write_run(folder, high, low, clips=range(6), **fields):
+    """A run folder with these logits of the classes."""
+    folder.mkdir(parents=True)
+    labels = fields.pop("label", [CLIPS[clip] for clip in clips])
+    DataFrame(
+        {
+            "clip": [f"c{clip}" for clip in clips], "fold": "1", "group": [str(clip // 2) for clip in clips],
+            "label": labels, "predicted": [[]] * len(labels), "logits": list(np.float32([high, low]).T),
+        }
+    ).to_parquet(folder / "predictions.parquet", index=False)  # fmt: skip
+    metrics = {
+        "dataset": "chords", "labels": ["high", "low"], "test": {}, "parameters": 1000, "steps": 20,
+        "train_steps_per_second": 2.0,
+    }  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(metrics | fields))
+    return str(folder)
+
+
+def test_two_multi_label_runs_leave_a_table_a_page_and_a_picture(tmp_path, capsys):
+    # The baseline has the clips of high at ranks 1, 2 and 4, those of low at 1, 3 and 6, the other side at 1 to 3.
+    baseline = write_run(tmp_path / "base", high=[6, 4, 5, 2, 3, 1], low=[5, 6, 4, 3, 2, 1])
+    dendritic = write_run(tmp_path / "dend", high=[6, 1, 5, 2, 4, 3], low=[1, 6, 5, 2, 3, 4], parameters=1055)
+    compare.main([baseline, dendritic])
+    before = ((1 + 1 + 3 / 4) / 3 + (1 + 2 / 3 + 3 / 6) / 3) / 2
+    printed, page = capsys.readouterr().out, (tmp_path / "dend" / "comparison.md").read_text()
+    found = json.loads((tmp_path / "base" / "comparison.json").read_text())
+    assert found["baseline"]["mAP"] == pytest.approx(before) and found["dendritic"]["mAP"] == 1
+    for row in (
+        "| mAP             | 0.8194   | 1.0000    | +18.06 points |",
+        "| mAP of the runs | 0.8194   | 1.0000    | ",
+        "| parameters      | 1,000    | 1,055     | +5.50 % ",
+    ):
+        assert row in printed and row in page
+    low_end, high_end = (100 * end for end in found["interval"])
+    assert f"points of mAP (95 % interval {low_end:+.2f} to {high_end:+.2f} by source recording)." in found["verdict"]
+    assert found["significant"] == (low_end > 0) and found["verdict"] in page and "interval excludes 0" in page
+    assert "6 test clips of 3 source recordings" in page and "both sides and all runs by\nthe same draw" in page
+    assert not {"p", "error_reduction_percent"} & found.keys() and "rror" not in page + printed
+    picture = imread(tmp_path / "dend" / "comparison.png")
+    assert min(picture.shape[:2]) > 300 and picture.std() > 0.05
+
+
+def test_the_mAP_of_a_side_is_the_mean_of_its_runs_each_over_its_own_clips(tmp_path):
+    folds, sides = [range(0, 2), range(2, 6)], {"base": [], "dend": []}
+    for fold in folds:
+        for seed in (0, 1):
+            logits = np.random.default_rng(seed).standard_normal((2, len(fold))) + 1000 * fold.start
+            sides["base"].append(write_run(tmp_path / f"base-{fold.start}-{seed}", *logits, clips=fold))
+        right = [[name in CLIPS[clip] for clip in fold] for name in ("high", "low")]
+        # Rightly ordered in each fold, but in another scale: of all clips together, they would not be.
+        logits = np.array(right) - 1000.0 * fold.start
+        sides["dend"].append(write_run(tmp_path / f"dend-{fold.start}", *logits, clips=fold))
+    compare.main(["--baseline", *sides["base"], "--dendritic", *sides["dend"], "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    runs = [score(pandas.read_parquet(f"{folder}/predictions.parquet"), ["high", "low"]) for folder in sides["base"]]
+    assert found["baseline"]["mAP"] == pytest.approx(np.mean([run["mAP"] for run in runs]))
+    assert found["dendritic"]["mAP"] == 1 and found["interval"][0] >= 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": [["high"], ["low"], ["high"], [], ["high"], ["low"]]}, r"differ in the label of 1 clips \(c2\)"),
+        ({"label": ["high", "low", "high", "low", "high", "low"]}, "differ in the label of 6 clips"),
+        ({"labels": ["low", "high"]}, "labels: .*base was tested on"),
+    ],
+)
+def test_multi_label_runs_that_cannot_be_compared_say_why(tmp_path, changes, message):
+    base = write_run(tmp_path / "base", high=range(6), low=range(6))
+    other = write_run(tmp_path / "dend", high=range(6), low=range(6), **changes)
+    with pytest.raises(RecipeError, match=message):
+        compare.main([base, other])
+
+
+def test_sides_that_were_tested_by_other_folds_have_no_mAP_in_common(tmp_path):
+    whole = write_run(tmp_path / "whole", high=range(6), low=range(6))
+    parts = [write_run(tmp_path / str(n), high=range(3), low=range(3), clips=range(n, n + 3)) for n in (0, 3)]
+    with pytest.raises(RecipeError, match="wanted the same test folds on both sides"):
+        compare.main(["--baseline", whole, "--dendritic", *parts])
+    empty = [write_run(tmp_path / name, high=[0], low=[0], clips=[3]) for name in ("one", "two")]
+    with pytest.raises(RecipeError, match="no test clip has a class"):
+        compare.main(empty)
+
+
+def test_the_order_of_a_clips_classes_does_not_matter(tmp_path):
+    base = write_run(tmp_path / "base", high=range(6), low=range(6))
+    turned = write_run(tmp_path / "dend", high=range(6), low=range(6), label=[names[::-1] for names in CLIPS])
+    compare.main([base, turned])
+    found = json.loads((tmp_path / "dend" / "comparison.json").read_text())
+    assert found["interval"] == [0, 0] and found["verdict"].startswith("The difference is not significant: +0.00")
