@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 from pandas import DataFrame
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_expit, log_softmax, logsumexp
 
-from audio_dendrites.config import SCORES, RecipeError, written_whole
+from audio_dendrites.config import RecipeError, written_whole
 from audio_dendrites.data import is_multi_label
-from audio_dendrites.report import markdown_table, score
+from audio_dendrites.report import markdown_table, score, score_names, with_predictions
 from audio_dendrites.runs import check_same_clips, check_same_task, read_run
 
 
@@ -34,8 +34,7 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
         parameters and steps are those of all runs; and its predictions.parquet.
 
     Raises:
-        RecipeError: A folder is no finished run, the runs did not test the same clips of the same classes, or the clips
-            are multi-label.
+        RecipeError: A folder is no finished run, or the runs did not test the same clips of the same classes.
     """
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise RecipeError(f"found {', '.join(map(str, folders))}; wanted two run folders or more, no one twice")
@@ -44,13 +43,12 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
     labels = members[0]["labels"]
     tables = [table.set_index("clip") for table in tables]
     first = tables[0]
-    if is_multi_label(first["label"]):
-        raise RecipeError(f"{folders[0]} was tested on multi-label clips, wanted clips of one class each")
     for folder, table in zip(folders[1:], tables[1:], strict=True):
         check_same_clips(first, table, str(folders[0]), str(folder))
     aligned = [table.loc[first.index] for table in tables]
-    logits = mean_logits(np.stack([np.stack(table["logits"]) for table in aligned]))
-    predictions = first.assign(predicted=[labels[i] for i in logits.argmax(1)], logits=list(logits)).reset_index()
+    logits = np.stack([np.stack(table["logits"]) for table in aligned])
+    mean = mean_logits(logits, is_multi_label(first["label"]))
+    predictions = with_predictions(first, mean, labels).reset_index()
     members = [run | {"test": score(table, labels)} for run, table in zip(members, aligned, strict=True)]
     metrics = {
         "dataset": members[0]["dataset"],
@@ -64,29 +62,35 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
     return members, metrics, predictions
 
 
-def mean_logits(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities of the mean of the members' probabilities.
+def mean_logits(logits: np.ndarray, multi_label: bool = False) -> np.ndarray:
+    """Logits of the mean of the members' probabilities.
 
     The mean is taken of probabilities as the AST authors take it (github.com/YuanGongND/ast,
     egs/audioset/ensemble.py): a member counts by how sure it is, whatever the scale of its logits.
 
     Args:
         logits: (members, clips, classes).
+        multi_label: Whether the probabilities are the sigmoid, not the softmax.
 
     Returns:
-        (clips, classes), float32, whose softmax is the mean.
+        (clips, classes), float32, whose softmax, or sigmoid, is the mean.
     """
-    log_probabilities = log_softmax(logits.astype(np.float64), axis=2)
-    return (logsumexp(log_probabilities, axis=0) - np.log(len(logits))).astype(np.float32)
+    logits = logits.astype(np.float64)
+    if multi_label:
+        mean = logsumexp(log_expit(logits), axis=0) - logsumexp(log_expit(-logits), axis=0)
+    else:
+        mean = logsumexp(log_softmax(logits, axis=2), axis=0) - np.log(len(logits))
+    return mean.astype(np.float32)
 
 
 def summary(folders: Sequence[Path], members: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> str:
     """Scores of each run, their mean, and those of the ensemble, as a Markdown table."""
     rows = [(str(folder), run["parameters"], run["test"]) for folder, run in zip(folders, members, strict=True)]
-    mean = {name: float(np.mean([run["test"][name] for run in members])) for name in SCORES}
+    scores = score_names(metrics["test"])
+    mean = {name: float(np.mean([run["test"][name] for run in members])) for name in scores}
     rows += [("mean of the runs", "", mean), ("ensemble", metrics["parameters"], metrics["test"])]
-    cells = [[name, f"{size:,}" if size else "", *(test[score] for score in SCORES)] for name, size, test in rows]
-    return markdown_table([["run", "parameters", *SCORES], *cells])
+    cells = [[name, f"{size:,}" if size else "", *(test[score] for score in scores)] for name, size, test in rows]
+    return markdown_table([["run", "parameters", *scores], *cells])
 
 
 def main(arguments: Sequence[str]) -> None:

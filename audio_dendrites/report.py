@@ -80,6 +80,11 @@ def predictions_table(index: DataFrame, output: PredictionOutput, labels: Sequen
     """
     logits = output.predictions.astype(np.float32)
     table = index[["clip", "fold", "group", "label"]].reset_index(drop=True)
+    return with_predictions(table, logits, labels)
+
+
+def with_predictions(table: DataFrame, logits: np.ndarray, labels: Sequence[str]) -> DataFrame:
+    """Clips with `logits`, and with what these say as `predicted`; see `predictions_table`."""
     if is_multi_label(table["label"]):
         predicted = [[labels[i] for i in np.flatnonzero(row > 0)] for row in logits]
     else:

@@ -9,7 +9,8 @@ import pandas
 import pytest
 from conftest import ROOT
 from pandas import DataFrame
-from scipy.special import softmax
+from scipy.special import expit, softmax
+from sklearn.metrics import average_precision_score
 
 import compare
 import ensemble
@@ -96,15 +97,24 @@ def test_runs_of_other_tests_are_refused(tmp_path, fields, message):
     assert not (tmp_path / "ensemble").exists()
 
 
-def test_clips_of_several_classes_are_refused(tmp_path):
+def test_an_ensemble_of_multi_label_runs_has_the_mean_of_their_sigmoids(tmp_path, capsys):
+    logits = []
     for seed in (0, 1):
-        write_run(tmp_path / str(seed), seed)
-        table = pandas.read_parquet(tmp_path / str(seed) / "predictions.parquet")
-        table.assign(label=[[label] for label in table["label"]]).to_parquet(
-            tmp_path / str(seed) / "predictions.parquet"
-        )
-    with pytest.raises(RecipeError, match="0 was tested on multi-label clips, wanted clips of one class each"):
-        run(tmp_path / "0", tmp_path / "1")
+        logits.append(write_run(tmp_path / str(seed), seed, test={"mAP": 0.5}))
+        path = tmp_path / str(seed) / "predictions.parquet"
+        table = pandas.read_parquet(path)
+        table.assign(label=[[label, "cat"] if label == "owl" else [label] for label in table["label"]]).to_parquet(path)
+    run(tmp_path / "0", tmp_path / "1", "--output", tmp_path / "both")
+    found = pandas.read_parquet(tmp_path / "both" / "predictions.parquet")
+    mean = expit(np.stack(logits)).mean(0)
+    assert expit(np.stack(found["logits"])) == pytest.approx(mean, abs=1e-6)
+    assert [list(names) for names in found["predicted"]] == [[LABELS[i] for i in np.flatnonzero(p > 0.5)] for p in mean]
+    references = np.eye(3)[TRUTH] + np.outer(TRUTH == 2, [1, 0, 0])
+    metrics = json.loads((tmp_path / "both" / "metrics.json").read_text())
+    assert metrics["test"]["mAP"] == pytest.approx(average_precision_score(references, mean))
+    assert "accuracy" not in capsys.readouterr().out
+    far = ensemble.mean_logits(np.array([[[2000.0, -2000.0]], [[2000.0, -1000.0]]]), multi_label=True)
+    assert np.isfinite(far).all()
 
 
 def test_labels_that_differ_by_clip_are_refused(tmp_path):
