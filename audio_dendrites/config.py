@@ -64,6 +64,9 @@ class DataArguments:
     label_column: str = field(
         default="label", metadata={"help": "Column with class names or ids; with lists of them, clips are multi-label."}
     )
+    label_separator: str | None = field(
+        default=None, metadata={"help": "What stands between the class names of a multi-label clip, where no lists do."}
+    )
     clip_column: str | None = field(
         default=None,
         metadata={"help": "Column that names a clip; left out: its path where there is one, or row number."},

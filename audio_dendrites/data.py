@@ -574,7 +574,12 @@ def _labels(clips: Dataset, arguments: DataArguments) -> list[str] | list[list[s
     values = clips.with_format("arrow")[:][column].to_pylist()
     if missing := [row for row, value in enumerate(values) if value is None or value != value]:
         raise RecipeError(f"label_column: {len(missing)} rows have nothing in {column!r}, the first is {missing[0]}")
-    return _texts(clips, column)
+    labels = _texts(clips, column)
+    if (separator := arguments.label_separator) is None:
+        return labels
+    if isinstance(labels[0], list):
+        raise RecipeError(f"label_separator: found {separator!r}, but {column!r} holds lists already: wanted none")
+    return [[name.strip() for name in text.split(separator) if name.strip()] for text in labels]
 
 
 def _texts(clips: Dataset, column: str) -> list[Any]:

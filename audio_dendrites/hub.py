@@ -99,7 +99,7 @@ FAMILY_NAMES = {
 HYPERPARAMETERS = (
     "learning_rate", "head_learning_rate", "layer_decay", "lr_scheduler_type", "warmup_steps", "optim",
     "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "loss", "label_smoothing_factor", "balanced_sampling", "average_checkpoints", "ema_decay",
+    "loss", "label_smoothing_factor", "distill_from", "balanced_sampling", "average_checkpoints", "ema_decay",
     "early_stopping_patience", "unfreeze_last_layers", "precision", "seed", "max_length", "random_crop", "time_roll",
     "filter_gain", "frequency_shift", "time_mask", "frequency_mask", "mixup_alpha", "noise", "patchout_time",
     "patchout_frequency", "model_config", "pai",

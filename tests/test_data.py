@@ -227,6 +227,16 @@ def test_paths_in_a_csv_or_parquet_file_are_relative_to_it(class_folders):
         }  # fmt: skip
 
 
+def test_class_names_in_one_cell_are_a_list(class_folders):
+    rows = [{"audio": f"plain/train/{row}.flac", "label": ("dog; bark", "cat")[row // 4], "fold": 1} for row in (1, 5)]
+    DataFrame(rows).to_csv(class_folders / "clips.csv", index=False)
+    _, index = load_clips(DataArguments(dataset=str(class_folders / "clips.csv"), label_separator=";"))
+    assert index["label"].tolist() == [["dog", "bark"], ["cat"]]
+    DataFrame(rows).assign(label=[["dog"], ["cat"]]).to_parquet(class_folders / "clips.parquet")
+    with pytest.raises(RecipeError, match="label_separator: found ';', but 'label' holds lists already"):
+        load_clips(DataArguments(dataset=str(class_folders / "clips.parquet"), label_separator=";"))
+
+
 def drawn(index, **changes):
     data = DataArguments(dataset="x", split_shares=[0.6, 0.2, 0.2], **changes)
     return Series(data_module._drawn_splits(index, data), index["clip"]).sort_index()
