@@ -495,11 +495,12 @@ def _drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
 def _listed_splits(names: Series, arguments: DataArguments) -> np.ndarray:
     """The name of each clip's split, by the two lists of clips."""
     folder = Path(arguments.dataset).expanduser()
+    folder = folder if folder.is_dir() else Path()
     splits = np.full(len(names), "train", dtype=object)
     for split in ("validation", "test"):
-        path = folder / getattr(arguments, f"{split}_list") if folder.is_dir() else getattr(arguments, f"{split}_list")
+        path = folder / getattr(arguments, f"{split}_list")
         try:
-            listed = set(Path(path).read_text(encoding="utf-8").split())
+            listed = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
         except OSError as error:
             raise RecipeError(f"{split}_list: {path}: {error.strerror}, wanted a name of a clip a line") from error
         if strangers := sorted(listed - set(names)):

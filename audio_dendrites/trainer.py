@@ -505,6 +505,8 @@ def _num_processes(command: list[str]) -> list[int]:
 
 def _changes(recipe: Recipe, saved: Path) -> list[str]:
     """What the recipe has otherwise than the saved one, of the fields that change a result."""
+    if not saved.exists():
+        return [f"which one is not known, as {saved} is missing"]
     defaults = parse_recipe([]).to_dict()  # of what one of them leaves out, perhaps because it is older than the field
     then, now = defaults | yaml.safe_load(saved.read_text(encoding="utf-8")), defaults | recipe.to_dict()
     return [

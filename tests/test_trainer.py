@@ -270,6 +270,9 @@ def test_checkpoints_of_another_recipe_are_not_gone_on_from(recipe, tmp_path):
     with pytest.raises(RecipeError, match="learning_rate was 0.001 and is 0.5. Choose another --output_dir"):
         run(recipe(num_train_epochs=1), "--learning_rate", "0.5")
     run(recipe(num_train_epochs=1), "--logging_steps", "7")
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(RecipeError, match="which one is not known, as .*run/config.yaml is missing. Choose another"):
+        run(recipe(num_train_epochs=1))
 
 
 def test_a_checkpoint_of_another_class_count_is_an_error(recipe, tmp_path):
