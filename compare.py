@@ -30,6 +30,7 @@ from audio_dendrites.report import markdown_table
 from audio_dendrites.runs import check_same_clips, check_same_task, read_run, refuse
 from audio_dendrites.statistics import (
     DRAWS,
+    MAP_DRAWS,
     average_precision_interval,
     bootstrap_interval,
     error_reduction,
@@ -96,6 +97,7 @@ class Score:
         by_class: One row a class, columns `baseline` and `dendritic`.
         class_score: What that holds.
         interval: 95 % bootstrap interval of the difference by source recording, from -1 to 1.
+        draws: Of the bootstrap.
         method: How to read interval and tests, for comparison.md.
         p: McNemar's; none where a clip is not right or wrong.
         error_reduction_percent: Likewise; none too where the baseline makes no errors.
@@ -108,6 +110,7 @@ class Score:
     by_class: DataFrame
     class_score: str
     interval: tuple[float, float]
+    draws: int
     method: str
     p: float | None = None
     error_reduction_percent: float | None = None
@@ -213,6 +216,7 @@ def accuracy(baseline: Side, dendritic: Side) -> Score:
         by_class=DataFrame({"baseline": before, "dendritic": after}).groupby(labels).mean(),
         class_score="accuracy",
         interval=bootstrap_interval(before, after, baseline.clips["group"].to_numpy()),
+        draws=DRAWS,
         method=f"""clips in pairs. McNemar's test takes clips
 as independent. With several runs a side, a clip goes to the side that had it right in the larger share of its runs.
 A difference is called significant where the test's p is below {SIGNIFICANT} and the interval excludes 0.""",
@@ -262,6 +266,7 @@ def mean_average_precision(baseline: Side, dendritic: Side) -> Score:
         interval=average_precision_interval(
             *(_logits(side, len(labels)) for side in sides), references, baseline.clips["group"].to_numpy()
         ),
+        draws=MAP_DRAWS,
         method="""both sides and all runs by
 the same draw. mAP is the mean of the average precisions of the classes that occur; of a side it is the mean of its
 runs', each over the clips that it tested. A clip of several classes is not right or wrong, so there is no McNemar's
@@ -345,7 +350,7 @@ def report(found: Comparison) -> str:
 ![Difference and {found.score.class_score} by class](comparison.png)
 
 {found.baseline.metrics[0]["dataset"]}: {len(clips)} test clips of {clips["group"].nunique()} source recordings. The
-interval is the 2.5 to 97.5 % of {DRAWS:,} bootstrap draws of whole recordings, {found.score.method}
+interval is the 2.5 to 97.5 % of {found.score.draws:,} bootstrap draws of whole recordings, {found.score.method}
 
 - baseline: {_names(found.baseline.folders)}
 - dendritic: {_names(found.dendritic.folders)}

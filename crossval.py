@@ -40,8 +40,8 @@ def fold_recipes(
         last: Whether all but the test fold train, and the last weights are tested.
 
     Raises:
-        RecipeError: There are fewer folds than that takes, a fold is not one of the recipe's, or the recipe stops the
-            training by a validation fold that there is none of.
+        RecipeError: There are fewer folds than that takes, a fold is not one of the recipe's, or `last` and a score
+            steers the training.
     """
     recipe = parse_recipe(list(arguments))
     data, folder = recipe.data, Path(recipe.training.output_dir)
@@ -51,11 +51,17 @@ def fold_recipes(
     if len(present) < (2 if last else 3):
         wanted = "two or more: train, test" if last else "three or more: train, choose, test"
         raise RecipeError(f"folds: the recipe names {', '.join(present)}, wanted {wanted}")
-    if last and recipe.training.early_stopping_patience is not None:
-        raise RecipeError(
-            f"early_stopping_patience: found {recipe.training.early_stopping_patience} with --last, wanted none (null "
-            f"in YAML): no fold is left to stop the training by"
-        )
+    steering = {
+        "early_stopping_patience": recipe.training.early_stopping_patience,
+        "pai": recipe.dendrites.pai,
+        "lr_scheduler_type": "reduce_lr_on_plateau" if "plateau" in recipe.training.lr_scheduler_type else None,
+    }
+    for field, value in steering.items() if last else ():
+        if value is not None:
+            raise RecipeError(
+                f"{field}: found {value} with --last, wanted none: a validation score steers it, and the test fold is "
+                f"the only one left to take it from"
+            )
     if strangers := sorted(set(folds or []) - set(present)):
         raise RecipeError(f"--folds: found {', '.join(strangers)}, wanted some of the recipe's: {', '.join(present)}")
     found = []

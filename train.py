@@ -67,7 +67,6 @@ def train(recipe: Recipe) -> None:
     labels = class_names(index, splits, recipe.data)
     loss = resolve_loss(args, is_multi_label(index["label"]))
 
-    teacher = args.distill_from and load_teacher(args.distill_from, labels, extractor)
     model = load_model(labels, recipe.model, extractor)
     model.config.update({"window_overlap": args.window_overlap, "window_aggregation": args.window_aggregation})
     if loss == "bce":
@@ -76,6 +75,7 @@ def train(recipe: Recipe) -> None:
     if report.is_finished(folder) and args.resume_from_checkpoint is None:
         return report.print_summary(folder)
     checkpoint = find_checkpoint(args, labels)
+    teacher = args.distill_from and load_teacher(args.distill_from, labels, extractor, loss)
 
     with args.main_process_first(desc="computing the features"):
         features = extract_features(

@@ -50,7 +50,7 @@ class DataArguments:
         default=None, metadata={"help": "Configuration (subset) of the Hub data set, where it has several."}
     )
     dataset_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the Hub data set, where each of several data sets has its own."}
+        default=None, metadata={"help": "Folder in the data set's, where each of several data sets has its own."}
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Commit, tag or branch of the Hub data set; ignored for local data."}
@@ -107,7 +107,8 @@ class DataArguments:
     validation_list: str | None = field(
         default=None,
         metadata={
-            "help": "In place of folds: text file, in the data set's folder, with the name of a validation clip a line."
+            "help": "In place of folds: text file with the name of a validation clip a line; its path is relative to "
+            "the folder of a local data set."
         },
     )
     test_list: str | None = field(
@@ -125,6 +126,10 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        if self.label_separator == "":
+            raise RecipeError("label_separator: found '', wanted a character or more, or none")
+        if self.dataset_dir and self.dataset_config:
+            raise RecipeError(f"dataset_config: found {self.dataset_config} beside dataset_dir, wanted one of them")
         ways = {
             way: [name for name in names if getattr(self, name) is not None]
             for way, names in (

@@ -84,14 +84,16 @@ def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
     index = DataFrame({"label": _labels(clips, arguments)})
     index["clip"] = _texts(clips, arguments.clip_column) if arguments.clip_column else paths
     index["group"] = _texts(clips, arguments.group_column) if arguments.group_column else index["clip"]
-    index.insert(0, "fold", _texts(clips, arguments.fold_column) if arguments.fold_column else splits)
+    if arguments.fold_column:
+        splits = _texts(clips, arguments.fold_column)
+    elif arguments.test_list:
+        splits = _listed_splits(index["clip"], arguments)
+    index.insert(0, "fold", splits)
     if arguments.drop_labels:
         index = _without_labels(index, arguments)
         clips, index = clips.select(index.index), index.reset_index(drop=True)
     if arguments.split_shares:
         index["fold"] = _drawn_splits(index, arguments)
-    elif arguments.test_list:
-        index["fold"] = _listed_splits(index["clip"], arguments)
     sound = [arguments.audio_column] + [arguments.clip_column] * bool(arguments.clip_column)
     return clips.select_columns(sound), index
 
@@ -201,7 +203,7 @@ def is_local(name: str | None) -> bool:
 
 
 def download(recipe: Recipe) -> None:
-    """Fetch the data set and the base model of a recipe, so that it trains with HF_HUB_OFFLINE=1.
+    """Fetch the data set, the base model and the teacher of a recipe, so that it trains with HF_HUB_OFFLINE=1.
 
     Prints how many bytes come from where, and where they lie then. What is there already is not fetched again, and of
     a model only the files that `from_pretrained` reads.
@@ -211,6 +213,8 @@ def download(recipe: Recipe) -> None:
     """
     _download_dataset(recipe.data)
     _download_model(recipe.model)
+    if recipe.training.distill_from:
+        _download_model(ModelArguments(model=recipe.training.distill_from))
 
 
 def _download_dataset(arguments: DataArguments) -> None:
@@ -222,7 +226,10 @@ def _download_dataset(arguments: DataArguments) -> None:
         commit = info.sha
         if arguments.dataset_dir:
             files = [file.rfilename for file in info.siblings]
-            return _fetch("dataset", name, revision, filter_repo_objects(files, allow_patterns=_below(arguments)))
+            wanted = list(filter_repo_objects(files, allow_patterns=_below(arguments)))
+            if not wanted:
+                raise _no_folder(arguments)
+            return _fetch("dataset", name, revision, wanted)
         builder = load_dataset_builder(name, arguments.dataset_config, revision=commit)
         prepared = Path(builder.cache_dir)
         if prepared.is_dir():
@@ -344,7 +351,10 @@ def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
                 raise RecipeError(f"dataset: found the file {name}, wanted {' or '.join(FILES)}")
             loaded = load_dataset(FILES[suffix], data_files=str(Path(name).expanduser()), split=wanted)
         elif kind == "folder":
-            loaded = _load_folder(Path(name).expanduser(), arguments, wanted)
+            folder = Path(name).expanduser() / (arguments.dataset_dir or "")
+            if not folder.is_dir():
+                raise _no_folder(arguments)
+            loaded = _load_folder(folder, arguments, wanted)
         else:
             with _hub_errors("dataset", name, revision, way_out):
                 place, options = _place(arguments)
@@ -383,8 +393,13 @@ def _place(arguments: DataArguments) -> tuple[str, dict[str, Any]]:
     fetched = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=_below(arguments))
     folder = Path(fetched, arguments.dataset_dir)
     if not folder.is_dir():
-        raise RecipeError(f"dataset_dir: {name} (revision {revision or 'main'}) has no folder {arguments.dataset_dir}")
+        raise _no_folder(arguments)
     return str(folder), {}
+
+
+def _no_folder(arguments: DataArguments) -> RecipeError:
+    where = "" if is_local(arguments.dataset) else f" (revision {arguments.dataset_revision or 'main'})"
+    return RecipeError(f"dataset_dir: {arguments.dataset}{where} has no folder {arguments.dataset_dir}")
 
 
 def _below(arguments: DataArguments) -> str:
@@ -495,7 +510,7 @@ def _drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
 def _listed_splits(names: Series, arguments: DataArguments) -> np.ndarray:
     """The name of each clip's split, by the two lists of clips."""
     folder = Path(arguments.dataset).expanduser()
-    folder = folder if folder.is_dir() else Path()
+    folder = folder if folder.is_dir() else folder.parent if folder.exists() else Path()
     splits = np.full(len(names), "train", dtype=object)
     for split in ("validation", "test"):
         path = folder / getattr(arguments, f"{split}_list")
@@ -524,7 +539,8 @@ def _without_labels(index: DataFrame, arguments: DataArguments) -> DataFrame:
             f"{', '.join(sorted(set(labels.explode().dropna())))}"
         )
     if is_multi_label(labels):
-        return index.assign(label=labels.map(lambda names: [name for name in names if name not in dropped]))
+        kept = labels.map(lambda names: [name for name in names if name not in dropped])
+        return index.assign(label=kept)[(kept.map(len) > 0) | (labels.map(len) == 0)]
     return index[~labels.isin(dropped)]
 
 

@@ -86,6 +86,8 @@ LOCAL_FOLDERS = re.compile(
 LOCAL_PATH = re.compile(r"(?:~\w*|\.{1,2}|[A-Za-z]:)?[/\\][^:\n]*")
 SECRET_NAME = re.compile("TOKEN(?!IZER)|KEY|SECRET|PASSW", re.IGNORECASE)
 
+HOME_FOLDER = rb"(?<![\w.:/-])(?:/[\w.-]+)*/(?:home/[\w.-]+|Users/[\w.-]+|root)/|[A-Za-z]:\\+Users\\+"
+FIELDS = {"base_model": "model", "teacher": "distill_from"}  # of a recipe, by what metrics.json calls their values
 PIECE, OVERLAP = 1 << 24, 1 << 12  # bytes; nothing that is looked for is longer than the overlap
 
 BUSY = {408, 429, 500, 502, 503, 504}
@@ -190,7 +192,7 @@ def read_reports(run: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
 def without_paths_of(metrics: dict[str, Any], recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics and recipe of a run without paths of this machine; a local data set or model is its name alone."""
     names = {name: Path(metrics[name]).name for name in metrics["local"]}
-    fields = {{"base_model": "model"}.get(name, name): value for name, value in names.items()}
+    fields = {FIELDS.get(name, name): value for name, value in names.items()}
     return without_paths(metrics | names), without_paths(recipe | fields)
 
 
@@ -238,7 +240,7 @@ def _forbidden(token: str | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
     home = str(Path.home())
     if len(home) > 1:
         anywhere["a path in the home folder of this user"] = re.escape(home.encode()) + rb"[/\\]"
-    in_text = {"a path in a home folder": rb"(?<![\w.-])/(?:home/[\w.-]+|Users/[\w.-]+|root)/|[A-Za-z]:\\+Users\\+"}
+    in_text = {"a path in a home folder": HOME_FOLDER}
     host = socket.gethostname().split(".")[0]
     if len(host) >= 8 or (len(host) >= 4 and not host.isalpha()):
         in_text["the name of this machine"] = rb"(?<![\w-])" + re.escape(host.encode()) + rb"(?![\w-])"

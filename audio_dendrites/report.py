@@ -328,7 +328,11 @@ def running_metrics(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
 
 def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[str, Any]:
     """What is known of a run before it ends: where model and data come from, their size, and where it runs."""
-    sources = {"dataset": recipe.data.dataset, "base_model": recipe.model.model}
+    sources = {
+        "dataset": recipe.data.dataset,
+        "base_model": recipe.model.model,
+        "teacher": recipe.training.distill_from,
+    }
     parameters = list(trainer.model.parameters())
     config = trainer.model.config
     grower = getattr(trainer, "pai_callback", None)  # counts what the model computes with, without scaffolding

@@ -63,8 +63,9 @@ def test_with_last_all_other_folds_train_and_none_chooses(recipe, tmp_path):
     assert "The weights are those of the last step" in (folder / "README.md").read_text()
     last, saved = (load_file(path / "model.safetensors") for path in (folder / "checkpoint-8", folder))
     assert all(torch.equal(last[name], saved[name]) for name in last if name in saved)
-    with pytest.raises(RecipeError, match="early_stopping_patience: found 2 with --last, wanted none"):
-        crossval.main([recipe(early_stopping_patience=2), "--last"])
+    for field, value in {"early_stopping_patience": 2, "pai": {"max_dendrites": 1}}.items():
+        with pytest.raises(RecipeError, match=f"{field}: found .* with --last, wanted none: a validation score"):
+            crossval.main([recipe(**{field: value}), "--last"])
 
 
 @pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")

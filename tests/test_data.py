@@ -1,5 +1,6 @@
 import io
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,18 @@ def test_paths_in_a_csv_or_parquet_file_are_relative_to_it(class_folders):
         }  # fmt: skip
 
 
+def test_one_of_several_data_sets_of_a_folder(tones, tmp_path):
+    for name in ("v1", "v2"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+    shutil.copy(tones, tmp_path / "all" / "v1" / "train.parquet")
+    Dataset.from_parquet(str(tones)).select(range(6)).to_parquet(tmp_path / "all" / "v2" / "train.parquet")
+    assert len(load_clips(arguments(tmp_path / "all", dataset_dir="v2"))[1]) == 6
+    with pytest.raises(RecipeError, match="dataset_dir: .*all has no folder v3"):
+        load_clips(arguments(tmp_path / "all", dataset_dir="v3"))
+    with pytest.raises(RecipeError, match="dataset_config: found x beside dataset_dir"):
+        arguments(tmp_path / "all", dataset_dir="v2", dataset_config="x")
+
+
 def test_class_names_in_one_cell_are_a_list(class_folders):
     rows = [{"audio": f"plain/train/{row}.flac", "label": ("dog; bark", "cat")[row // 4], "fold": 1} for row in (1, 5)]
     DataFrame(rows).to_csv(class_folders / "clips.csv", index=False)
@@ -280,8 +293,10 @@ def test_lists_of_clips_and_classes_that_are_dropped(class_folders):
     (folder / "test.txt").write_text("dog/0.flac\n")
     with pytest.raises(RecipeError, match="test_list: .*test.txt names 1 clips of validation_list, as dog/0.flac"):
         load_clips(data)
-    (folder / "test.txt").write_text("noise/9.flac\n")
-    with pytest.raises(RecipeError, match="names 1 clips that .*plain has not, the first is noise/9.flac"):
+    (folder / "test.txt").write_text("dog/2.flac\nnoise/9.flac\n")
+    assert split_by_fold(load_clips(data)[1], data)["test"].tolist() == [rows["test"][0]]
+    (folder / "test.txt").write_text("dog/9.flac\n")
+    with pytest.raises(RecipeError, match="names 1 clips that .*plain has not, the first is dog/9.flac"):
         load_clips(data)
     with pytest.raises(RecipeError, match="drop_labels: .*plain has no clip of cat; it has dog, noise, train"):
         load_clips(DataArguments(dataset=str(folder), drop_labels=["cat"], **SHARES))

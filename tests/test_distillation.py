@@ -93,11 +93,16 @@ def test_the_student_is_trained_on_the_teachers_scores_of_the_same_batch(run, mi
 def test_a_teacher_that_does_not_fit_is_an_error_before_the_features(run):
     teacher = str(run("teacher", **CNN14))
     for changes, message in (
-        ({"distill_from": "nowhere"}, "distill_from: 'nowhere' is no finished run folder and no model of the Hub"),
+        ({"distill_from": "nowhere"}, "distill_from: 'nowhere' is no finished run folder, and neither the Hub"),
         ({"distill_from": teacher, "max_length": 96}, "hears other features than the recipe's: max_length is 80, wan"),
+        ({"distill_from": teacher, "loss": "bce"}, "was trained with the loss cross_entropy, wanted bce"),
         ({"distill_from": teacher, "labels": ["low", "high"]}, "has the classes high, low, wanted low, high"),
     ):
         with pytest.raises(RecipeError, match=message):
             run("student", **changes)
+    waves = {"waveform": True, "max_length": 80}
+    teacher = str(run("waves", **CNN14, **waves))
+    with pytest.raises(RecipeError, match="hears other features than the recipe's: max_length is 80, wanted 96"):
+        run("student", distill_from=teacher, **waves | {"max_length": 96})
     with pytest.raises(RecipeError, match="distillation: found 0.0, wanted above 0, up to 1"):
         RunArguments("x", distillation=0.0)

@@ -208,6 +208,17 @@ def test_the_card_of_a_multi_label_pair_has_no_accuracy_and_no_test_of_right_cli
         assert word not in beside
 
 
+def test_the_card_says_how_the_clips_were_divided_and_what_chose_the_weights():
+    lists = without(RECIPE, "train_folds", "validation_folds", "test_folds")
+    lists |= {"validation_list": "dev.txt", "test_list": "test.txt"}
+    card = model_card(METRICS, lists, TEMPLATE, "me/x", set())
+    assert "those in `dev.txt` to choose the checkpoint, those in `test.txt` to test, the others to train." in card
+    last = RECIPE | {"validation_folds": ["3"], "test_folds": ["3"]}
+    card = model_card(METRICS | {"chosen_by": None}, last, TEMPLATE, "me/x", set())
+    assert "3 to watch the training, 3 to test." in card and "those of the last step, which no score chose" in card
+    assert "were scored while it trained and at the end, in fp32" in card and "to choose" not in card
+
+
 def test_figures_that_were_not_measured_are_left_out():
     comparison = copy.deepcopy(COMPARISON) | {"step_time_ratio": None, "error_reduction_percent": None}
     comparison["baseline"]["seconds_a_step"] = None
@@ -246,7 +257,7 @@ LEAKS = {
     "the token of the Hub": b"hf_loopbackMayWrite",
     "the value of the environment variable WANDB_API_KEY": SECRET.encode(),
     "a path in the home folder": b"/nowhere/jo/data",
-    "a path in a home folder": b"see /home/alice/data",
+    "a path in a home folder": b"see /gpfs/home/alice/data",
     "the name of this machine": b"ran on node-17",
 }
 

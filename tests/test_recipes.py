@@ -90,7 +90,7 @@ def _speech_commands(folder: Path) -> dict[str, Path]:
         if split != "train":
             (archive / f"{split.replace('test', 'testing')}_list.txt").write_text("\n".join(words) + "\n")
     (archive / "README.md").write_text("Speech Commands")
-    return {"google/speech_commands": hub, "speech_commands_v0.02": archive}
+    return {"google/speech_commands": hub.parent, "speech_commands_v0.02": archive}
 
 
 def _audioset_clip(split: str, row: int) -> dict:

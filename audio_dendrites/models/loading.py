@@ -213,7 +213,7 @@ def load_model(
 
 
 def load_teacher(
-    name: str, labels: Sequence[str], extractor: BatchedASTFeatureExtractor | Waveforms
+    name: str, labels: Sequence[str], extractor: BatchedASTFeatureExtractor | Waveforms, loss: str
 ) -> PreTrainedModel:
     """A trained model whose scores another one learns from.
 
@@ -221,24 +221,33 @@ def load_teacher(
         name: Finished run folder or Hub id.
         labels: Class names in the order of the logits.
         extractor: What the batches are made with.
+        loss: cross_entropy or bce, of the training; a teacher of the other has no scores for it.
 
     Returns:
         The model, float32, on the CPU, for evaluation, without gradients.
 
     Raises:
-        RecipeError: There is no such model, or it has other classes or hears other features.
+        RecipeError: There is no such model, or it has other classes, another loss or hears other features.
     """
     try:
-        teacher = AutoModelForAudioClassification.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
-        heard = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=True)
+        # The families are registered here, so that no code of the folder or the Hub is run.
+        teacher = AutoModelForAudioClassification.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
+        heard = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"distill_from: {name!r} is no finished run folder and no model of the Hub: {str(error).splitlines()[0]}"
+            f"distill_from: {name!r} is no finished run folder, and neither the Hub nor the cache gave it: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     found, wanted = list(teacher.config.id2label.values()), list(labels)
     if found != wanted:
         raise RecipeError(f"distill_from: {name} has the classes {', '.join(found)}, wanted {', '.join(wanted)}")
+    own = "bce" if teacher.config.problem_type == "multi_label_classification" else "cross_entropy"
+    if own != loss:
+        raise RecipeError(f"distill_from: {name} was trained with the loss {own}, wanted {loss}, as the recipe")
     given, wanted = heard.to_dict(), extractor.stock().to_dict()
+    if isinstance(teacher.config, WaveformConfig):
+        for field in ("max_length", "hop_length", "num_mel_bins"):
+            given[field], wanted[field] = getattr(teacher.config, field), getattr(extractor, field)
     if other := sorted(field for field in given.keys() | wanted.keys() if given.get(field) != wanted.get(field)):
         told = "; ".join(f"{field} is {given.get(field)}, wanted {wanted.get(field)}" for field in other)
         raise RecipeError(f"distill_from: {name} hears other features than the recipe's: {told}")
