@@ -40,7 +40,7 @@ def run(tones, tmp_path, monkeypatch):
         found = compute_loss(self, model, inputs, *args, **kwargs)
         if model.training:
             loss = found[0] if isinstance(found, tuple) else found
-            given.append((before, float(loss)))
+            given.append((before, float(loss.detach())))
         return found
 
     monkeypatch.setattr(AudioTrainer, "compute_loss", watched)
