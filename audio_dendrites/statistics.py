@@ -94,10 +94,7 @@ def average_precision_interval(
         baseline: (runs, clips, classes) scores, NaN for the clips that a run did not test.
         other: (runs, clips, classes) the same of the other classifier; its runs may be more or fewer.
         references: (clips, classes), 0 or 1.
-        groups: (clips,) source recording.
-        level: Share of the draws inside.
-        draws: How often the recordings are drawn.
-        seed: Of the draws.
+        groups, level, draws, seed: As there.
 
     Returns:
         Lower and upper end.
