@@ -29,7 +29,7 @@ WORKDIR /app
 # The libraries depend on these files alone, so a change of the code does not install them again.
 COPY Makefile pyproject.toml requirements.txt README.md LICENSE ./
 RUN --mount=type=cache,target=/root/.cache/uv \
-    mkdir -p audio_dendrites/models \
+    mkdir -p audio_dendrites \
     && ${TORCH_BACKEND:+env UV_TORCH_BACKEND="$TORCH_BACKEND"} make install
 
 COPY . .

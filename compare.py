@@ -23,12 +23,12 @@ import pandas
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from audio_dendrites.config import RecipeError, written_whole
-from audio_dendrites.data import encode_labels, is_multi_label
-from audio_dendrites.metrics import average_precisions
-from audio_dendrites.report import markdown_table
-from audio_dendrites.runs import check_same_clips, check_same_task, read_run, refuse
-from audio_dendrites.statistics import (
+from audio_dendrites.data.splits import encode_labels, is_multi_label
+from audio_dendrites.errors import UserError
+from audio_dendrites.files import written_whole
+from audio_dendrites.results.metrics import average_precisions
+from audio_dendrites.results.runs import check_same_clips, check_same_task, read_run, refuse
+from audio_dendrites.results.statistics import (
     DRAWS,
     MAP_DRAWS,
     average_precision_interval,
@@ -36,6 +36,7 @@ from audio_dendrites.statistics import (
     error_reduction,
     mcnemar_exact,
 )
+from audio_dendrites.results.tables import markdown_table
 
 matplotlib.use("agg")
 
@@ -166,7 +167,7 @@ def read_side(folders: Sequence[Path]) -> Side:
     """Read the run folders of one side.
 
     Raises:
-        RecipeError: A folder is no finished run, or the runs do not fit together.
+        UserError: A folder is no finished run, or the runs do not fit together.
     """
     metrics, tables = zip(*map(read_run, folders), strict=True)
     by_clip = pandas.concat(tables).groupby("clip")
@@ -185,7 +186,7 @@ def compare(baseline: Side, dendritic: Side) -> Comparison:
     """Compare two sides on the clips that both tested.
 
     Raises:
-        RecipeError: They were not tested on the same clips of one data set or, where the score is mAP, not by the same
+        UserError: They were not tested on the same clips of one data set or, where the score is mAP, not by the same
             test folds.
     """
     check_same_task([*baseline.folders, *dendritic.folders], [*baseline.metrics, *dendritic.metrics])
@@ -241,20 +242,20 @@ def mean_average_precision(baseline: Side, dendritic: Side) -> Score:
     that are ranked: both sides must have the same test folds.
 
     Raises:
-        RecipeError: They have not, or no test clip has a class.
+        UserError: They have not, or no test clip has a class.
     """
     sides = (baseline, dendritic)
     names = [_names(side.folders) for side in sides]
     tests = [{frozenset(table["clip"]) for table in side.tables} for side in sides]
     if tests[0] != tests[1]:
-        raise RecipeError(
+        raise UserError(
             f"{names[0]} and {names[1]} were not tested by the same folds, and an mAP is one of all clips of a test: "
             "wanted the same test folds on both sides"
         )
     labels = baseline.metrics[0]["labels"]
     references = encode_labels(baseline.clips["label"], labels)
     if not references.any():
-        raise RecipeError(f"{names[0]}: no test clip has a class, wanted some to compute mAP from")
+        raise UserError(f"{names[0]}: no test clip has a class, wanted some to compute mAP from")
     before, after = (_average_precisions(side, labels) for side in sides)  # means are of the classes that occur
     runs = (before.mean(axis=1).dropna(), after.mean(axis=1).dropna())
     return Score(
@@ -424,5 +425,5 @@ def _span(values: Sequence[str]) -> str:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except RecipeError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -23,8 +23,12 @@ import pandas
 
 import compare
 import train
-from audio_dendrites.config import Recipe, RecipeError, parse_recipe, written_whole
-from audio_dendrites.report import markdown_table, plot_classes, score, score_names
+from audio_dendrites.errors import UserError
+from audio_dendrites.files import written_whole
+from audio_dendrites.recipes import Recipe, parse_recipe
+from audio_dendrites.results.plots import plot_classes
+from audio_dendrites.results.scores import score, score_names
+from audio_dendrites.results.tables import markdown_table
 from pai_callback import PAIError
 
 
@@ -40,17 +44,17 @@ def fold_recipes(
         last: Whether all but the test fold train, and the last weights are tested.
 
     Raises:
-        RecipeError: There are fewer folds than that takes, a fold is not one of the recipe's, or `last` and a score
+        UserError: There are fewer folds than that takes, a fold is not one of the recipe's, or `last` and a score
             steers the training.
     """
     recipe = parse_recipe(list(arguments))
     data, folder = recipe.data, Path(recipe.training.output_dir)
     if data.train_folds is None:
-        raise RecipeError("folds: the recipe divides the data set otherwise, wanted a fold_column with folds")
+        raise UserError("folds: the recipe divides the data set otherwise, wanted a fold_column with folds")
     present = sorted({*data.train_folds, *data.validation_folds, *data.test_folds}, key=lambda fold: (len(fold), fold))
     if len(present) < (2 if last else 3):
         wanted = "two or more: train, test" if last else "three or more: train, choose, test"
-        raise RecipeError(f"folds: the recipe names {', '.join(present)}, wanted {wanted}")
+        raise UserError(f"folds: the recipe names {', '.join(present)}, wanted {wanted}")
     steering = {
         "early_stopping_patience": recipe.training.early_stopping_patience,
         "pai": recipe.dendrites.pai,
@@ -58,12 +62,12 @@ def fold_recipes(
     }
     for field, value in steering.items() if last else ():
         if value is not None:
-            raise RecipeError(
+            raise UserError(
                 f"{field}: found {value} with --last, wanted none: a validation score steers it, and the test fold is "
                 f"the only one left to take it from"
             )
     if strangers := sorted(set(folds or []) - set(present)):
-        raise RecipeError(f"--folds: found {', '.join(strangers)}, wanted some of the recipe's: {', '.join(present)}")
+        raise UserError(f"--folds: found {', '.join(strangers)}, wanted some of the recipe's: {', '.join(present)}")
     found = []
     for fold in folds or present:
         after = fold if last else present[(present.index(fold) + 1) % len(present)]
@@ -160,5 +164,5 @@ if __name__ == "__main__":
     logging.getLogger("audio_dendrites").setLevel(logging.INFO)
     try:
         main(sys.argv[1:])
-    except (RecipeError, PAIError) as error:
+    except (UserError, PAIError) as error:
         sys.exit(f"error: {error}")

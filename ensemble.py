@@ -17,10 +17,12 @@ import numpy as np
 from pandas import DataFrame
 from scipy.special import log_expit, log_softmax, logsumexp
 
-from audio_dendrites.config import RecipeError, written_whole
-from audio_dendrites.data import is_multi_label
-from audio_dendrites.report import markdown_table, score, score_names, with_predictions
-from audio_dendrites.runs import check_same_clips, check_same_task, read_run
+from audio_dendrites.data.splits import is_multi_label
+from audio_dendrites.errors import UserError
+from audio_dendrites.files import written_whole
+from audio_dendrites.results.runs import check_same_clips, check_same_task, read_run
+from audio_dendrites.results.scores import score, score_names, with_predictions
+from audio_dendrites.results.tables import markdown_table
 
 
 def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any], DataFrame]:
@@ -34,10 +36,10 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
         parameters and steps are those of all runs; and its predictions.parquet.
 
     Raises:
-        RecipeError: A folder is no finished run, or the runs did not test the same clips of the same classes.
+        UserError: A folder is no finished run, or the runs did not test the same clips of the same classes.
     """
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
-        raise RecipeError(f"found {', '.join(map(str, folders))}; wanted two run folders or more, no one twice")
+        raise UserError(f"found {', '.join(map(str, folders))}; wanted two run folders or more, no one twice")
     members, tables = zip(*map(read_run, folders), strict=True)
     check_same_task(folders, members)
     labels = members[0]["labels"]
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     output = options.output or options.runs[0].resolve().parent / "ensemble"
     if (output / "config.yaml").exists():
-        raise RecipeError(f"output: {output} is the folder of a run; choose another --output")
+        raise UserError(f"output: {output} is the folder of a run; choose another --output")
     members, metrics, predictions = ensemble(options.runs)
     table = summary(options.runs, members, metrics)
     output.mkdir(parents=True, exist_ok=True)
@@ -120,5 +122,5 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except RecipeError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

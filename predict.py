@@ -17,10 +17,11 @@ from pandas import DataFrame
 from scipy.special import expit, softmax
 from transformers import pipeline
 
-from audio_dendrites.audio import BadClip, load_waveform
-from audio_dendrites.config import RecipeError, written_whole
-from audio_dendrites.report import markdown_table
-from audio_dendrites.windows import classify
+from audio_dendrites.data.audio import BadClip, load_waveform
+from audio_dendrites.data.windows import classify
+from audio_dendrites.errors import UserError
+from audio_dendrites.files import written_whole
+from audio_dendrites.results.tables import markdown_table
 
 # In folders; a file that is named is read whatever it is called.
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
@@ -47,12 +48,12 @@ def predict(run: str, files: Sequence[Path]) -> tuple[DataFrame, list[str]]:
         sigmoid; and what is wrong with the others.
 
     Raises:
-        RecipeError: There is no such model.
+        UserError: There is no such model.
     """
     try:
         classifier = pipeline("audio-classification", model=run, trust_remote_code=True)
     except (OSError, ValueError) as error:
-        raise RecipeError(
+        raise UserError(
             f"{run!r} is no finished run folder and no model of the Hub: {str(error).splitlines()[0]}"
         ) from error
     config, rows, faults = classifier.model.config, [], []
@@ -86,10 +87,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file for the scores of all classes.")
     options = parser.parse_args(arguments)
     if options.top_k < 1:
-        raise RecipeError(f"--top_k: found {options.top_k}, wanted 1 or more")
+        raise UserError(f"--top_k: found {options.top_k}, wanted 1 or more")
     files = list(find_files(options.paths))
     if not files:
-        raise RecipeError(f"no sound file in {', '.join(map(str, options.paths))}")
+        raise UserError(f"no sound file in {', '.join(map(str, options.paths))}")
     predictions, faults = predict(options.run, files)
     if len(predictions):
         print(summary(predictions, min(options.top_k, predictions.shape[1] - 1)))
@@ -98,11 +99,11 @@ def main(arguments: Sequence[str]) -> None:
             predictions.to_csv(beside, index=False)
         print(f"\nWritten to {options.output}")
     if faults:
-        raise RecipeError("\n  ".join([f"{len(faults)} of {len(files)} files could not be classified:", *faults]))
+        raise UserError("\n  ".join([f"{len(faults)} of {len(files)} files could not be classified:", *faults]))
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except RecipeError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -16,9 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from audio_dendrites import hub
-from audio_dendrites.config import default_hub_model_id
-from audio_dendrites.report import markdown_table
+from audio_dendrites.publishing import hub
+from audio_dendrites.publishing.card import run_card
+from audio_dendrites.publishing.content import PublishError, outgoing
+from audio_dendrites.recipes import default_hub_model_id
+from audio_dendrites.results.tables import markdown_table
 
 CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
 
@@ -48,8 +50,8 @@ def baseline_of(run: Path) -> Path | None:
 
 def show(run: Path, repo_id: str, other: str | None) -> None:
     """List what would be sent."""
-    files = hub.outgoing(run)
-    files = {"README.md": hub.run_card(run, repo_id, CARD, files, other)} | files
+    files = outgoing(run)
+    files = {"README.md": run_card(run, repo_id, CARD, files, other)} | files
     sizes = {
         name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()
     }
@@ -91,5 +93,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     try:
         main(sys.argv[1:])
-    except hub.PublishError as error:
+    except PublishError as error:
         sys.exit(f"error: {error}")

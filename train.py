@@ -15,29 +15,25 @@ from joblib import cpu_count
 from transformers import EarlyStoppingCallback, set_seed
 
 import compare
-from audio_dendrites import hub, report
-from audio_dendrites.config import Recipe, RecipeError, parse_recipe, write_yaml
-from audio_dendrites.data import (
-    class_names,
-    drop_bad_clips,
-    encode_labels,
-    is_multi_label,
-    load_clips,
-    split_by_fold,
-)
-from audio_dendrites.export import export_dendritic
-from audio_dendrites.features import ClipFeatures, ExactFeatures, extract_features, feature_lengths
-from audio_dendrites.metrics import compute_metrics
+from audio_dendrites.data.clips import load_clips
+from audio_dendrites.data.features import ClipFeatures, ExactFeatures, extract_features, feature_lengths
+from audio_dendrites.data.splits import class_names, drop_bad_clips, encode_labels, is_multi_label, split_by_fold
+from audio_dendrites.data.windows import ClipWindows
+from audio_dendrites.errors import UserError
+from audio_dendrites.files import writing_to
 from audio_dendrites.models.loading import check_model, learning_rates, load_extractor, load_model, load_teacher
-from audio_dendrites.trainer import (
-    AudioTrainer,
-    check_run_folder,
-    find_checkpoint,
-    prepare_process,
-    resolve_loss,
-    writing_to,
-)
-from audio_dendrites.windows import ClipWindows
+from audio_dendrites.publishing import hub
+from audio_dendrites.publishing.card import write_card
+from audio_dendrites.publishing.check import check_pipeline
+from audio_dendrites.publishing.export import export_dendritic
+from audio_dendrites.recipes import Recipe, parse_recipe, write_yaml
+from audio_dendrites.results.metrics import compute_metrics
+from audio_dendrites.results.report import is_finished, print_summary, write_run
+from audio_dendrites.results.scores import predictions_table
+from audio_dendrites.training.checkpoints import check_run_folder, find_checkpoint
+from audio_dendrites.training.losses import resolve_loss
+from audio_dendrites.training.process import prepare_process
+from audio_dendrites.training.trainer import AudioTrainer
 from data_collator import AugmentedClips, BalancedSampler, SetEpoch, SpectrogramCollator, WaveformCollator
 from pai_callback import PAICallback, PAIError, PAITrainerMixin
 
@@ -72,8 +68,8 @@ def train(recipe: Recipe) -> None:
     if loss == "bce":
         model.config.problem_type = "multi_label_classification"  # so that `pipeline` takes the sigmoid
     check_run_folder(recipe, model)
-    if report.is_finished(folder) and args.resume_from_checkpoint is None:
-        return report.print_summary(folder)
+    if is_finished(folder) and args.resume_from_checkpoint is None:
+        return print_summary(folder)
     checkpoint = find_checkpoint(args, labels)
     teacher = args.distill_from and load_teacher(args.distill_from, labels, extractor, loss)
 
@@ -136,15 +132,15 @@ def train(recipe: Recipe) -> None:
         rows = splits[split]
         exact = ExactFeatures(clips.select(rows), targets[split], extractor, recipe.data.audio_column)
         output = trainer.predict_in_fp32(in_windows[split](exact))
-        predictions[split] = report.predictions_table(index.iloc[rows], output, labels)
+        predictions[split] = predictions_table(index.iloc[rows], output, labels)
     if trainer.is_world_process_zero():
         with writing_to(folder):
             export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)
             heard = clips.select(splits["test"])
-            report.check_pipeline(folder, heard, recipe.data.audio_column, predictions["test"], loss)
-            report.write_run(folder, recipe, trainer, labels, predictions, skipped)
-            hub.write_card(folder, CARD)
-        report.print_summary(folder)
+            check_pipeline(folder, heard, recipe.data.audio_column, predictions["test"], loss)
+            write_run(folder, recipe, trainer, labels, predictions, skipped)
+            write_card(folder, CARD)
+        print_summary(folder)
 
 
 def main(recipe: Recipe) -> None:
@@ -159,7 +155,7 @@ def main(recipe: Recipe) -> None:
     if recipe.training.process_index == 0:
         compare.main([one.training.output_dir for one in pair])
         for one in pair:
-            hub.write_card(Path(one.training.output_dir), CARD)
+            write_card(Path(one.training.output_dir), CARD)
     for one, other in zip(pair, reversed(pair), strict=True):
         hub.publish_finished(one.training, CARD, other.training.hub_model_id)
 
@@ -169,5 +165,5 @@ if __name__ == "__main__":
     logging.getLogger("audio_dendrites").setLevel(logging.INFO)
     try:
         main(parse_recipe(sys.argv[1:]))
-    except (RecipeError, PAIError) as error:
+    except (UserError, PAIError) as error:
         sys.exit(f"error: {error}")

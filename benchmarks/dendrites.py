@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
 
-from audio_dendrites.export import dendritic_copy, dendritic_tensors
 from audio_dendrites.models.dendritic import DendriticLinear
+from audio_dendrites.publishing.export import dendritic_copy, dendritic_tensors
 
 BLOCK = "audio_spectrogram_transformer.layers.11.mlp"
 CLASSES = 10

@@ -30,7 +30,7 @@ import torch
 import torchaudio
 from transformers import ASTFeatureExtractor
 
-from audio_dendrites.features import BatchedASTFeatureExtractor, extract_features
+from audio_dendrites.data.features import BatchedASTFeatureExtractor, extract_features
 
 SECONDS, RATE, MODEL_RATE = 4, 44100, 16000
 

@@ -14,10 +14,10 @@ import time
 import torch
 from transformers import ASTForAudioClassification
 
-from audio_dendrites.config import ModelArguments
-from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.models.ast import patch_grid
 from audio_dendrites.models.loading import load_model
+from audio_dendrites.recipes import ModelArguments
 
 CLASSES, BANDS = 10, 128
 SHARES = (0.0, 0.25, 0.5)  # of rows, and of columns, that are dropped

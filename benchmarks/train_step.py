@@ -19,7 +19,7 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 from torch.utils.data import DataLoader
 from transformers import ASTConfig, ASTForAudioClassification
 
-from audio_dendrites.features import ClipFeatures
+from audio_dendrites.data.features import ClipFeatures
 from data_collator import AugmentedClips, SpectrogramCollator
 
 CLASSES, BANDS = 10, 128

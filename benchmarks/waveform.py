@@ -17,8 +17,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from audio_dendrites.config import FeatureArguments, ModelArguments
 from audio_dendrites.models.loading import load_extractor, load_model
+from audio_dendrites.recipes import FeatureArguments, ModelArguments
 from data_collator import AugmentedClips, SpectrogramCollator, WaveformCollator
 
 LABELS = [f"class {number}" for number in range(10)]

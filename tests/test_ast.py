@@ -4,10 +4,11 @@ import torch
 from conftest import TINY_AST
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, AutoFeatureExtractor
 
-from audio_dendrites.config import FeatureArguments, ModelArguments, RecipeError
-from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.data.features import BatchedASTFeatureExtractor
+from audio_dendrites.errors import UserError
 from audio_dendrites.models.ast import resample_position_embeddings
 from audio_dendrites.models.loading import learning_rates, load_extractor, load_model
+from audio_dendrites.recipes import FeatureArguments, ModelArguments
 
 LABELS = ["a", "b", "c"]
 
@@ -117,13 +118,13 @@ def test_random_weights_have_no_zero_embeddings():
     ],
 )
 def test_a_model_that_cannot_be_is_an_error(arguments, frames, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         load_ast(LABELS, ModelArguments(**arguments), frames)
 
 
 @pytest.mark.parametrize("config", [{"hidden_size": 64}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}])
 def test_weights_that_do_not_fit_are_an_error_not_a_warning(pretrained, config):
-    with pytest.raises(RecipeError, match="differ in audio_spectrogram_transformer"):
+    with pytest.raises(UserError, match="differ in audio_spectrogram_transformer"):
         load_ast(LABELS, ModelArguments(model=pretrained[0], model_config=config), 160)
 
 
@@ -131,7 +132,7 @@ def test_a_model_of_another_kind_is_an_error(tmp_path):
     from transformers import Wav2Vec2Config
 
     Wav2Vec2Config().save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match="is of type 'wav2vec2', wanted 'mel-vit', 'vit', 'audio-spectrogram"):
+    with pytest.raises(UserError, match="is of type 'wav2vec2', wanted 'mel-vit', 'vit', 'audio-spectrogram"):
         load_ast(LABELS, ModelArguments(model=str(tmp_path)), 160)
 
 
@@ -174,7 +175,7 @@ def test_the_extractor_comes_from_the_model_and_the_recipe_changes_it(pretrained
 
 @pytest.mark.parametrize("field", ["sampling_rate", "num_mel_bins", "max_length", "std"])
 def test_a_senseless_feature_setting_is_an_error(field):
-    with pytest.raises(RecipeError, match=f"{field}: found 0, wanted a number above 0"):
+    with pytest.raises(UserError, match=f"{field}: found 0, wanted a number above 0"):
         load_extractor(ModelArguments(), FeatureArguments(**{field: 0}))
 
 
@@ -212,5 +213,5 @@ def test_a_model_trained_with_patchout_is_saved_as_any_other(tmp_path):
 
 @pytest.mark.parametrize(("field", "count"), [("patchout_time", 10), ("patchout_frequency", 8), ("patchout_time", -1)])
 def test_patchout_leaves_something(field, count):
-    with pytest.raises(RecipeError, match=f"{field}: found {count}, wanted 0 to"):
+    with pytest.raises(UserError, match=f"{field}: found {count}, wanted 0 to"):
         load_ast(LABELS, ModelArguments(model_config=TINY_AST, **{field: count}), 160)

@@ -16,11 +16,12 @@ from transformers import (
     ViTModel,
 )
 
-from audio_dendrites.config import FeatureArguments, ModelArguments, RecipeError
-from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.data.features import BatchedASTFeatureExtractor
+from audio_dendrites.errors import UserError
 from audio_dendrites.models.ast import resample_position_embeddings, weights_of_images
 from audio_dendrites.models.loading import load_extractor, load_model
 from audio_dendrites.models.vit import MelViTForAudioClassification
+from audio_dendrites.recipes import FeatureArguments, ModelArguments
 
 TINY = {
     "hidden_size": 32,
@@ -161,7 +162,7 @@ def test_a_vit_is_a_mel_vit_unless_the_recipe_says_ast_and_a_deit_is_an_ast(tmp_
     ):
         arguments = ModelArguments(model=str(tmp_path / model), architecture=architecture)
         assert type(load_model(["a", "b"], arguments, extractor)) is kind
-    with pytest.raises(RecipeError, match="is of type 'deit', wanted 'mel-vit', 'vit'$"):
+    with pytest.raises(UserError, match="is of type 'deit', wanted 'mel-vit', 'vit'$"):
         load_model(["a", "b"], ModelArguments(model=str(tmp_path / "deit"), architecture="vit"), extractor)
 
 
@@ -177,7 +178,7 @@ def test_the_features_are_log_mel_not_the_images(tmp_path):
 @pytest.mark.parametrize("config", [{"hidden_size": 64}, {"num_hidden_layers": 3}, {"patch_size": 8}])
 def test_weights_of_images_that_do_not_fit_are_an_error(config, tmp_path):
     DeiTModel(DeiTConfig(**TINY, image_size=32)).save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match="and the recipe's model_config differ in (embeddings|layers)"):
+    with pytest.raises(UserError, match="and the recipe's model_config differ in (embeddings|layers)"):
         from_images(tmp_path, 32, 32, **config)
 
 
@@ -187,5 +188,5 @@ def test_images_weights_with_a_tensor_missing_are_an_error(tmp_path):
     save_file(
         {k: t for k, t in weights.items() if "distillation" not in k}, tmp_path / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(RecipeError, match="differ in embeddings.distillation_token .1 tensors"):
+    with pytest.raises(UserError, match="differ in embeddings.distillation_token .1 tensors"):
         from_images(tmp_path, 32, 32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from audio_dendrites.audio import BadClip, load_waveform
+from audio_dendrites.data.audio import BadClip, load_waveform
 
 PITCH, LEVEL = 1000.0, 0.25
 FORMATS = {  # kind of file → a rate it allows

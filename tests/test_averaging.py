@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import ASTForAudioClassification, pipeline
 
 import train
-from audio_dendrites.averaging import EMA_FILE, average_weights
-from audio_dendrites.config import RecipeError, parse_recipe
+from audio_dendrites.errors import UserError
+from audio_dendrites.recipes import parse_recipe
+from audio_dendrites.training.averaging import EMA_FILE, average_weights
 
 RECIPE = TONES | {
     "max_length": 80,
@@ -76,7 +77,7 @@ def test_the_mean_is_taken_in_float64_and_the_rest_from_the_last(tmp_path):
     assert mean["half"].dtype == torch.bfloat16 and mean["half"].item() == 1.0
     assert mean["counter"].item() == 2
     save_file({"weight": torch.ones(3), "counter": torch.ones(1)}, tmp_path / "0" / "model.safetensors")
-    with pytest.raises(RecipeError, match=r"0 and .*2 are models of different structure: they differ in half, weight"):
+    with pytest.raises(UserError, match=r"0 and .*2 are models of different structure: they differ in half, weight"):
         average_weights([tmp_path / "0", tmp_path / "2"])
 
 
@@ -132,7 +133,7 @@ def test_fewer_checkpoints_than_asked_for_are_said(run, caplog):
     ],
 )
 def test_what_cannot_be_averaged_is_an_error_before_any_data_is_read(run, fields, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         run(dataset="nowhere", **fields)
 
 
@@ -210,7 +211,7 @@ def test_the_moving_average_goes_on_exactly_after_a_resume(run, tmp_path):
     assert_close(final_weights(folder), whole)
     assert_close(checkpoint(folder, 4, EMA_FILE), last)
     (folder / "checkpoint-2" / EMA_FILE).unlink()
-    with pytest.raises(RecipeError, match="checkpoint-2 has no ema.safetensors: it was written by a training without"):
+    with pytest.raises(UserError, match="checkpoint-2 has no ema.safetensors: it was written by a training without"):
         run("other", ema_decay=0.6, resume_from_checkpoint=str(folder / "checkpoint-2"))
 
 

@@ -9,11 +9,12 @@ from torch.nn import functional
 from torchaudio.functional import melscale_fbanks
 from transformers import AutoModelForAudioClassification, pipeline
 
-from audio_dendrites.config import ModelArguments, RecipeError
-from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.data.features import BatchedASTFeatureExtractor
+from audio_dendrites.errors import UserError
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.loading import learning_rates, load_model
 from audio_dendrites.models.panns import ConversionError, convert, main
+from audio_dendrites.recipes import ModelArguments
 
 EXTRACTOR = BatchedASTFeatureExtractor(max_length=48, num_mel_bins=16)
 
@@ -214,15 +215,15 @@ def test_a_saved_model_is_loaded_whole_or_with_a_new_head(tmp_path):
     ],
 )
 def test_what_a_cnn14_cannot_do_is_an_error(arguments, extractor, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         load_model(["a", "b"], ModelArguments(architecture="cnn14", model_config=TINY_CNN14, **arguments), extractor)
 
 
 def test_other_mel_bands_than_the_pretrained_ones_are_an_error(tmp_path):
     slim().save_pretrained(tmp_path / "model")
-    with pytest.raises(RecipeError, match="differ in bn0"):
+    with pytest.raises(UserError, match="differ in bn0"):
         load_model(
             ["a", "b"], ModelArguments(model=str(tmp_path / "model")), BatchedASTFeatureExtractor(num_mel_bins=32)
         )
-    with pytest.raises(RecipeError, match="is of type 'cnn14', wanted 'mel-vit', 'vit'"):
+    with pytest.raises(UserError, match="is of type 'cnn14', wanted 'mel-vit', 'vit'"):
         load_model(["a", "b"], ModelArguments(model=str(tmp_path / "model"), architecture="vit"), EXTRACTOR)

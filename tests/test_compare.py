@@ -12,8 +12,8 @@ from pandas import DataFrame
 from sklearn.metrics import average_precision_score
 
 import compare
-from audio_dendrites.config import RecipeError
-from audio_dendrites.statistics import (
+from audio_dendrites.errors import UserError
+from audio_dendrites.results.statistics import (
     average_precision_interval,
     bootstrap_interval,
     error_reduction,
@@ -232,7 +232,7 @@ def test_sets_of_runs_pool_seeds_and_folds(tmp_path, capsys):
 def test_runs_that_cannot_be_compared_say_why(tmp_path, dendritic, message):
     write_run(tmp_path / "base", wrong=())
     write_run(tmp_path / "dend", wrong=(), **dendritic)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         run(tmp_path / "base", tmp_path / "dend")
     assert not (tmp_path / "dend" / "comparison.md").exists()
 
@@ -242,19 +242,19 @@ def test_a_folder_that_is_no_finished_run_says_so(tmp_path):
     for missing in ("metrics.json", "predictions.parquet"):
         broken = write_run(tmp_path / missing, wrong=())
         (broken / missing).unlink()
-        with pytest.raises(RecipeError, match=f"has no {missing}: it is no run folder, or its run has not finished"):
+        with pytest.raises(UserError, match=f"has no {missing}: it is no run folder, or its run has not finished"):
             run(base, broken)
     old = write_run(tmp_path / "old", wrong=())
     table = compare.pandas.read_parquet(old / "predictions.parquet")
     table.drop(columns="group").to_parquet(old / "predictions.parquet")
-    with pytest.raises(RecipeError, match="old/predictions.parquet has no column 'group'.*train again"):
+    with pytest.raises(UserError, match="old/predictions.parquet has no column 'group'.*train again"):
         run(base, old)
 
 
 def test_runs_of_one_side_that_do_not_fit_together_say_why(tmp_path):
     one = write_run(tmp_path / "one", wrong=())
     two = write_run(tmp_path / "two", wrong=(), clips=range(20))
-    with pytest.raises(RecipeError, match="as many runs for every clip, but most have 2 and 1 tested 20 clips"):
+    with pytest.raises(UserError, match="as many runs for every clip, but most have 2 and 1 tested 20 clips"):
         run("--baseline", one, two, "--dendritic", one)
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from audio_dendrites.config import RecipeError, parse_recipe, resolve_precision, write_yaml
+from audio_dendrites.errors import UserError
+from audio_dendrites.recipes import parse_recipe, resolve_precision, write_yaml
 
 
 @pytest.fixture
@@ -58,14 +59,14 @@ def test_negative_numbers_lists_flags_and_mappings_pass_through_yaml(recipe):
     ],
 )
 def test_a_wrong_recipe_is_an_error_that_names_field_value_and_wanted(recipe, text, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_recipe([recipe(text)])
 
 
 def test_a_wrong_option_is_an_error_that_names_the_nearest():
-    with pytest.raises(RecipeError, match="command line: unknown field '--learning-rat'; did you mean 'learning_rate'"):
+    with pytest.raises(UserError, match="command line: unknown field '--learning-rat'; did you mean 'learning_rate'"):
         parse_recipe(["--learning-rat", "1"])
-    with pytest.raises(RecipeError, match="unknown field 'stray'"):
+    with pytest.raises(UserError, match="unknown field 'stray'"):
         parse_recipe(["--seed", "1", "stray"])
 
 
@@ -97,7 +98,7 @@ def test_each_way_to_divide_the_data_survives_the_saved_recipe(recipe, tmp_path)
         write_yaml(parse_recipe([recipe(text)]), tmp_path / "config.yaml")
         data = parse_recipe([str(tmp_path / "config.yaml")]).data
         assert folds.items() <= data.folds.items() and data == parse_recipe([recipe(text)]).data
-    with pytest.raises(RecipeError, match="split_shares .drawn shares.: wanted one way to divide"):
+    with pytest.raises(UserError, match="split_shares .drawn shares.: wanted one way to divide"):
         parse_recipe([recipe("split_shares: [0.8, 0.1, 0.1]"), "--train_folds", "1"])
 
 
@@ -128,7 +129,7 @@ def test_precision_follows_the_hardware(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert resolve_precision("auto") == "fp32"
     assert resolve_precision("bf16") == "bf16"
-    with pytest.raises(RecipeError, match="found fp16, which needs a CUDA GPU; this is a CPU: use bf16, fp32 or auto"):
+    with pytest.raises(UserError, match="found fp16, which needs a CUDA GPU; this is a CPU: use bf16, fp32 or auto"):
         resolve_precision("fp16")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert resolve_precision("auto") == "bf16"
@@ -136,7 +137,7 @@ def test_precision_follows_the_hardware(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
     assert resolve_precision("auto") == "fp16"
-    with pytest.raises(RecipeError, match="found bf16, which Tesla V100 lacks"):
+    with pytest.raises(UserError, match="found bf16, which Tesla V100 lacks"):
         resolve_precision("bf16")
 
 

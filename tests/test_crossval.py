@@ -11,7 +11,7 @@ from conftest import TINY_AST, TONES
 from safetensors.torch import load_file
 
 import crossval
-from audio_dendrites.config import RecipeError
+from audio_dendrites.errors import UserError
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_with_last_all_other_folds_train_and_none_chooses(recipe, tmp_path):
     last, saved = (load_file(path / "model.safetensors") for path in (folder / "checkpoint-8", folder))
     assert all(torch.equal(last[name], saved[name]) for name in last if name in saved)
     for field, value in {"early_stopping_patience": 2, "pai": {"max_dendrites": 1}}.items():
-        with pytest.raises(RecipeError, match=f"{field}: found .* with --last, wanted none: a validation score"):
+        with pytest.raises(UserError, match=f"{field}: found .* with --last, wanted none: a validation score"):
             crossval.main([recipe(**{field: value}), "--last"])
 
 
@@ -79,7 +79,7 @@ def test_with_a_baseline_both_sides_are_compared_over_all_runs(recipe, tmp_path,
 
 
 def test_folds_that_cannot_be_had_say_so(recipe):
-    with pytest.raises(RecipeError, match="--folds: found 7, wanted some of the recipe's: 1, 2, 3"):
+    with pytest.raises(UserError, match="--folds: found 7, wanted some of the recipe's: 1, 2, 3"):
         crossval.main([recipe(), "--folds", "7"])
-    with pytest.raises(RecipeError, match="the recipe names 1, 2, wanted three or more"):
+    with pytest.raises(UserError, match="the recipe names 1, 2, wanted three or more"):
         crossval.main([recipe(test_folds=["2"])])

@@ -11,10 +11,12 @@ from datasets import ClassLabel, Dataset
 from pandas import DataFrame, Series
 from transformers import ASTFeatureExtractor
 
-from audio_dendrites import data as data_module
-from audio_dendrites.audio import load_waveform
-from audio_dendrites.config import DataArguments, RecipeError
-from audio_dendrites.data import class_names, drop_bad_clips, load_clips, split_by_fold
+from audio_dendrites.data.__main__ import main
+from audio_dendrites.data.audio import load_waveform
+from audio_dendrites.data.clips import load_clips
+from audio_dendrites.data.splits import class_names, drawn_splits, drop_bad_clips, split_by_fold
+from audio_dendrites.errors import UserError
+from audio_dendrites.recipes import DataArguments
 
 
 def arguments(dataset, **changes):
@@ -99,7 +101,7 @@ def test_choosing_on_the_test_fold_is_said(tones, caplog):
 )
 def test_bad_data_is_an_error_that_says_what_there_is(tones, changes, message):
     data = arguments(tones, **changes) if "dataset" not in changes else DataArguments(**changes)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         _, index = load_clips(data)
         class_names(index, split_by_fold(index, data), data)
 
@@ -112,22 +114,20 @@ def test_an_unreachable_hub_names_the_ways_out(monkeypatch, mode):
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(RecipeError, match="(?s)not reachable.*audio_dendrites.data download RECIPE.*--dataset FOLDER"):
+    with pytest.raises(UserError, match="(?s)not reachable.*audio_dendrites.data download RECIPE.*--dataset FOLDER"):
         load_clips(DataArguments(dataset="a/b"))
 
 
 def test_bad_clips_are_all_named_or_skipped_and_listed(caplog):
     splits = {"train": np.array([0, 1, 2]), "validation": np.array([3]), "test": np.array([4, 5])}
     errors = ["", "b.wav: silent", "", "", "", "f.wav: empty"]
-    with pytest.raises(
-        RecipeError, match="(?s)2 clips cannot be used .*--on_bad_clip skip.*b.wav: silent.*f.wav: empty"
-    ):
+    with pytest.raises(UserError, match="(?s)2 clips cannot be used .*--on_bad_clip skip.*b.wav: silent.*f.wav: empty"):
         drop_bad_clips(splits, errors, "error")
     with caplog.at_level(logging.WARNING):
         good, bad = drop_bad_clips(splits, errors, "skip")
     assert {split: rows.tolist() for split, rows in good.items()} == {"train": [0, 2], "validation": [3], "test": [4]}
     assert bad == ["b.wav: silent", "f.wav: empty"] and "Skipped b.wav: silent" in caplog.text
-    with pytest.raises(RecipeError, match="none of the 1 validation clips"):
+    with pytest.raises(UserError, match="none of the 1 validation clips"):
         drop_bad_clips(splits, ["", "", "", "d.wav: silent", "", ""], "skip")
 
 
@@ -143,7 +143,7 @@ def test_stats_tell_what_a_recipe_trains_on(tones, tmp_path, capsys):
     clips[2]["recording"] = clips[23]["recording"]
     Dataset.from_list(clips).to_parquet(tmp_path / "clips.parquet")
     fields = [f"--{name}={value if isinstance(value, str) else value[0]}" for name, value in TONES.items()]
-    data_module.main(["stats", "--dataset", str(tmp_path / "clips.parquet"), *fields])
+    main(["stats", "--dataset", str(tmp_path / "clips.parquet"), *fields])
     told = capsys.readouterr().out
     table = [line.split() for line in told.splitlines()]
     for row in (["high", "4", "4", "4", "12"], ["low", "4", "4", "4", "12"], ["all", "8", "8", "8", "24"]):
@@ -181,7 +181,7 @@ SHARES = {"split_shares": [0.5, 0.25, 0.25]}
 
 def test_a_folder_of_class_folders(class_folders):
     data = DataArguments(dataset=str(class_folders / "plain"), **SHARES)
-    with pytest.raises(RecipeError, match="'near'"):  # the nearest folder names the class
+    with pytest.raises(UserError, match="'near'"):  # the nearest folder names the class
         class_names(load_clips(data)[1], {"train": np.arange(8)}, DataArguments(labels=["dog", "train"]))
     for path in (class_folders / "plain" / "dog" / "near").iterdir():
         path.rename(path.parent.parent / path.name)
@@ -194,7 +194,7 @@ def test_a_folder_of_class_folders(class_folders):
     soundfile.write(class_folders / "plain" / "train" / "1.flac", tone(900), 16000)
     assert load_clips(data)[0]._fingerprint != before
     soundfile.write(class_folders / "plain" / "stray.wav", tone(900), 16000)
-    with pytest.raises(RecipeError, match="stray.wav in no class folder"):
+    with pytest.raises(UserError, match="stray.wav in no class folder"):
         load_clips(data)
 
 
@@ -205,7 +205,7 @@ def test_splits_of_its_own(class_folders):
     rows = split_by_fold(index, data)
     assert [len(rows[split]) for split in ("train", "validation", "test")] == [8, 8, 8]
     assert set(index["fold"].iloc[rows["train"]]) == {"fit"} and len(index) == 16
-    with pytest.raises(RecipeError, match="no folder dev in .*, wanted fit/, dev/"):
+    with pytest.raises(UserError, match="no folder dev in .*, wanted fit/, dev/"):
         load_clips(DataArguments(dataset=str(class_folders / "splits"), **splits | {"validation_split": "dev"}))
 
 
@@ -234,9 +234,9 @@ def test_one_of_several_data_sets_of_a_folder(tones, tmp_path):
     shutil.copy(tones, tmp_path / "all" / "v1" / "train.parquet")
     Dataset.from_parquet(str(tones)).select(range(6)).to_parquet(tmp_path / "all" / "v2" / "train.parquet")
     assert len(load_clips(arguments(tmp_path / "all", dataset_dir="v2"))[1]) == 6
-    with pytest.raises(RecipeError, match="dataset_dir: .*all has no folder v3"):
+    with pytest.raises(UserError, match="dataset_dir: .*all has no folder v3"):
         load_clips(arguments(tmp_path / "all", dataset_dir="v3"))
-    with pytest.raises(RecipeError, match="dataset_config: found x beside dataset_dir"):
+    with pytest.raises(UserError, match="dataset_config: found x beside dataset_dir"):
         arguments(tmp_path / "all", dataset_dir="v2", dataset_config="x")
 
 
@@ -246,13 +246,13 @@ def test_class_names_in_one_cell_are_a_list(class_folders):
     _, index = load_clips(DataArguments(dataset=str(class_folders / "clips.csv"), label_separator=";"))
     assert index["label"].tolist() == [["dog", "bark"], ["cat"]]
     DataFrame(rows).assign(label=[["dog"], ["cat"]]).to_parquet(class_folders / "clips.parquet")
-    with pytest.raises(RecipeError, match="label_separator: found ';', but 'label' holds lists already"):
+    with pytest.raises(UserError, match="label_separator: found ';', but 'label' holds lists already"):
         load_clips(DataArguments(dataset=str(class_folders / "clips.parquet"), label_separator=";"))
 
 
 def drawn(index, **changes):
     data = DataArguments(dataset="x", split_shares=[0.6, 0.2, 0.2], **changes)
-    return Series(data_module._drawn_splits(index, data), index["clip"]).sort_index()
+    return Series(drawn_splits(index, data), index["clip"]).sort_index()
 
 
 def test_drawn_shares_keep_recordings_together_and_classes_apart():
@@ -267,7 +267,7 @@ def test_drawn_shares_keep_recordings_together_and_classes_apart():
     assert np.abs(shares[["train", "validation", "test"]] - [0.6, 0.2, 0.2]).max().max() < 0.06
     assert drawn(index.sample(frac=1, random_state=1).reset_index(drop=True)).equals(splits)
     assert not drawn(index, split_seed=1).equals(splits)
-    with pytest.raises(RecipeError, match="found 4 source recordings, wanted at least 5"):
+    with pytest.raises(UserError, match="found 4 source recordings, wanted at least 5"):
         drawn(index[index["group"].astype(int) < 4].reset_index(drop=True))
 
 
@@ -280,7 +280,7 @@ def test_lists_of_clips_and_classes_that_are_dropped(class_folders):
     soundfile.write(folder / "noise" / "9.flac", tone(900), 16000)
     lists = {"validation_list": "dev.txt", "test_list": "test.txt", "drop_labels": ["noise"]}
     data = DataArguments(dataset=str(folder), **lists)
-    with pytest.raises(RecipeError, match="validation_list: .*dev.txt: No such file"):
+    with pytest.raises(UserError, match="validation_list: .*dev.txt: No such file"):
         load_clips(data)
     (folder / "dev.txt").write_text("dog/0.flac\ntrain/1.flac\n")
     (folder / "test.txt").write_text("dog/2.flac\ntrain/3.flac\n")
@@ -291,14 +291,14 @@ def test_lists_of_clips_and_classes_that_are_dropped(class_folders):
     assert len(rows["train"]) == 4 and class_names(index, rows, data) == ["dog", "train"]
     assert [Path(clips[row]["audio"]["path"]).name for row in rows["test"]] == ["2.flac", "3.flac"]
     (folder / "test.txt").write_text("dog/0.flac\n")
-    with pytest.raises(RecipeError, match="test_list: .*test.txt names 1 clips of validation_list, as dog/0.flac"):
+    with pytest.raises(UserError, match="test_list: .*test.txt names 1 clips of validation_list, as dog/0.flac"):
         load_clips(data)
     (folder / "test.txt").write_text("dog/2.flac\nnoise/9.flac\n")
     assert split_by_fold(load_clips(data)[1], data)["test"].tolist() == [rows["test"][0]]
     (folder / "test.txt").write_text("dog/9.flac\n")
-    with pytest.raises(RecipeError, match="names 1 clips that .*plain has not, the first is dog/9.flac"):
+    with pytest.raises(UserError, match="names 1 clips that .*plain has not, the first is dog/9.flac"):
         load_clips(data)
-    with pytest.raises(RecipeError, match="drop_labels: .*plain has no clip of cat; it has dog, noise, train"):
+    with pytest.raises(UserError, match="drop_labels: .*plain has no clip of cat; it has dog, noise, train"):
         load_clips(DataArguments(dataset=str(folder), drop_labels=["cat"], **SHARES))
 
 
@@ -323,20 +323,20 @@ def test_lists_of_clips_and_classes_that_are_dropped(class_folders):
     ],
 )
 def test_two_ways_to_divide_are_an_error(fields, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         DataArguments(**fields)
 
 
 def test_clips_without_a_label_or_a_path_are_an_error(tmp_path):
     (tmp_path / "x.csv").write_text("audio,label,fold\na.wav,dog,1\nb.wav,,1\n")
-    with pytest.raises(RecipeError, match="label_column: 1 rows have nothing in 'label', the first is 1"):
+    with pytest.raises(UserError, match="label_column: 1 rows have nothing in 'label', the first is 1"):
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv")))
     (tmp_path / "x.csv").write_text("audio,label,fold\n,dog,1\nb.wav,cat,1\n")
-    with pytest.raises(RecipeError, match="audio_column: 1 rows have no path"):
+    with pytest.raises(UserError, match="audio_column: 1 rows have no path"):
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv")))
-    with pytest.raises(RecipeError, match="dataset: found the file .*x.txt, wanted .parquet or .csv"):
+    with pytest.raises(UserError, match="dataset: found the file .*x.txt, wanted .parquet or .csv"):
         (tmp_path / "x.txt").write_text("a.wav dog")
         load_clips(DataArguments(dataset=str(tmp_path / "x.txt")))
-    with pytest.raises(RecipeError, match="train_split: .*x.csv has no splits of its own"):
+    with pytest.raises(UserError, match="train_split: .*x.csv has no splits of its own"):
         splits = {"train_split": "a", "validation_split": "b", "test_split": "c"}
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv"), **splits))

@@ -22,7 +22,6 @@ from transformers import (
     AutoModelForAudioClassification,
 )
 
-from audio_dendrites.export import ExportError, current_activation, dendritic_copy, dendritic_tensors, export_dendritic
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.dendritic import (
     ACTIVATIONS,
@@ -33,6 +32,13 @@ from audio_dendrites.models.dendritic import (
 )
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
+from audio_dendrites.publishing.export import (
+    ExportError,
+    current_activation,
+    dendritic_copy,
+    dendritic_tensors,
+    export_dendritic,
+)
 
 with contextlib.redirect_stdout(io.StringIO()):
     GPA = pytest.importorskip("perforatedai.globals_perforatedai")

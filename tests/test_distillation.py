@@ -8,10 +8,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import AutoModelForAudioClassification, set_seed
 
 import train
-from audio_dendrites.config import RecipeError, RunArguments, parse_recipe
-from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.data.features import BatchedASTFeatureExtractor
+from audio_dendrites.errors import UserError
 from audio_dendrites.models.loading import load_model
-from audio_dendrites.trainer import AudioTrainer, distilled_labels
+from audio_dendrites.recipes import RunArguments, parse_recipe
+from audio_dendrites.training.losses import distilled_labels
+from audio_dendrites.training.trainer import AudioTrainer
 
 RECIPE = TONES | {
     "max_length": 80,
@@ -98,11 +100,11 @@ def test_a_teacher_that_does_not_fit_is_an_error_before_the_features(run):
         ({"distill_from": teacher, "loss": "bce"}, "was trained with the loss cross_entropy, wanted bce"),
         ({"distill_from": teacher, "labels": ["low", "high"]}, "has the classes high, low, wanted low, high"),
     ):
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(UserError, match=message):
             run("student", **changes)
     waves = {"waveform": True, "max_length": 80}
     teacher = str(run("waves", **CNN14, **waves))
-    with pytest.raises(RecipeError, match="hears other features than the recipe's: max_length is 80, wanted 96"):
+    with pytest.raises(UserError, match="hears other features than the recipe's: max_length is 80, wanted 96"):
         run("student", distill_from=teacher, **waves | {"max_length": 96})
-    with pytest.raises(RecipeError, match="distillation: found 0.0, wanted above 0, up to 1"):
+    with pytest.raises(UserError, match="distillation: found 0.0, wanted above 0, up to 1"):
         RunArguments("x", distillation=0.0)

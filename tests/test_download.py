@@ -14,9 +14,11 @@ from datasets import Dataset
 from hub.server import READ_TOKEN, Fault, Hub
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
-from audio_dendrites import data
-from audio_dendrites.config import DataArguments, RecipeError, read_yaml
-from audio_dendrites.synth import LABELS, STORED, generate_clips
+from audio_dendrites.data.__main__ import main
+from audio_dendrites.data.clips import load_clips
+from audio_dendrites.data.synthetic import LABELS, STORED, generate_clips
+from audio_dendrites.errors import UserError
+from audio_dendrites.recipes import DataArguments, read_yaml
 
 RECIPE = "configs/urbansound8k/ast.yaml"
 DATASET, COMMIT = (read_yaml(ROOT / RECIPE)[field] for field in ("dataset", "dataset_revision"))
@@ -36,16 +38,18 @@ FEW_STEPS = {
 AGAIN_AND_ERRORS = """
 import json, sys
 from unittest.mock import patch
-from audio_dendrites import data
-from audio_dendrites.config import DataArguments, RecipeError
+from audio_dendrites.data.__main__ import main
+from audio_dendrites.data.clips import load_clips
+from audio_dendrites.errors import UserError
+from audio_dendrites.recipes import DataArguments
 
 command, loads = json.loads(sys.argv[1])
-data.main(command)
+main(command)
 for fields in loads:
     try:
         with patch("huggingface_hub.utils._http.time.sleep"):  # between the client's retries
-            data.load_clips(DataArguments(label_column="class", **fields))
-    except RecipeError as error:
+            load_clips(DataArguments(label_column="class", **fields))
+    except UserError as error:
         print(error)
 """
 
@@ -158,12 +162,12 @@ def test_a_second_download_fetches_nothing_and_errors_say_what_to_do(hub, downlo
 
 def test_the_cache_gives_the_revision_asked_for_or_none(downloaded, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", downloaded / "datasets")
-    clips, index = data.load_clips(DataArguments(dataset=DATASET, dataset_revision=COMMIT, label_column="class"))
+    clips, index = load_clips(DataArguments(dataset=DATASET, dataset_revision=COMMIT, label_column="class"))
     assert len(clips) == 30 and set(index["fold"]) == {"1", "2", "3"}
-    with pytest.raises(RecipeError, match=f"dataset_revision: found {COMMIT}.*wanted {'b' * 40}.*not reachable"):
-        data.load_clips(DataArguments(dataset=DATASET, dataset_revision="b" * 40, label_column="class"))
-    with pytest.raises(RecipeError, match="not reachable, and 'me/private' is not in the cache.*--dataset FOLDER"):
-        data.load_clips(DataArguments(dataset="me/private"))
+    with pytest.raises(UserError, match=f"dataset_revision: found {COMMIT}.*wanted {'b' * 40}.*not reachable"):
+        load_clips(DataArguments(dataset=DATASET, dataset_revision="b" * 40, label_column="class"))
+    with pytest.raises(UserError, match="not reachable, and 'me/private' is not in the cache.*--dataset FOLDER"):
+        load_clips(DataArguments(dataset="me/private"))
 
 
 def test_one_of_several_data_sets_of_a_branch_is_downloaded_and_found_offline(hub, folder, tmp_path):
@@ -196,7 +200,7 @@ def test_what_lies_here_needs_no_download(tones, tmp_path, capsys):
         (["configs/quickstart.yaml"], ["dataset synthetic: synthetic, nothing", "model: random weights, nothing"]),
         (["--dataset", str(tones), "--model", str(model)], [f"{tones}: file, nothing", f"{model}: local, nothing"]),
     ):
-        data.main(["download", *arguments])
+        main(["download", *arguments])
         shown = capsys.readouterr().out.splitlines()
         assert all(part in line for part, line in zip(told, shown, strict=True))
 
@@ -211,4 +215,4 @@ def test_what_lies_here_needs_no_download(tones, tmp_path, capsys):
 )
 def test_a_download_that_cannot_be_says_why(fields, told, capsys):
     with pytest.raises(SystemExit, match=told):
-        data.main(["download", *fields])
+        main(["download", *fields])

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 
 import compare
 import ensemble
-from audio_dendrites.config import RecipeError
+from audio_dendrites.errors import UserError
 
 LABELS = ["cat", "dog", "owl"]
 CLIPS = 30
@@ -92,7 +92,7 @@ def test_an_ensemble_leaves_a_table_and_a_folder_that_compare_takes(tmp_path, ca
 def test_runs_of_other_tests_are_refused(tmp_path, fields, message):
     write_run(tmp_path / "one", 0)
     write_run(tmp_path / "two", 1, **fields)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         run(tmp_path / "one", tmp_path / "two")
     assert not (tmp_path / "ensemble").exists()
 
@@ -123,19 +123,19 @@ def test_labels_that_differ_by_clip_are_refused(tmp_path):
     table = pandas.read_parquet(tmp_path / "1" / "predictions.parquet")
     table.loc[3, "label"] = "dog"
     table.to_parquet(tmp_path / "1" / "predictions.parquet")
-    with pytest.raises(RecipeError, match=r"differ in the label of 1 clips \(c03\)"):
+    with pytest.raises(UserError, match=r"differ in the label of 1 clips \(c03\)"):
         run(tmp_path / "0", tmp_path / "1")
 
 
 def test_one_run_is_no_ensemble_and_no_run_is_overwritten(tmp_path):
     write_run(tmp_path / "one", 0)
     write_run(tmp_path / "two", 1)
-    with pytest.raises(RecipeError, match="one; wanted two run folders or more"):
+    with pytest.raises(UserError, match="one; wanted two run folders or more"):
         run(tmp_path / "one")
-    with pytest.raises(RecipeError, match="wanted two run folders or more, no one twice"):
+    with pytest.raises(UserError, match="wanted two run folders or more, no one twice"):
         run(tmp_path / "one", tmp_path / "two", tmp_path / "one")
     (tmp_path / "two" / "config.yaml").touch()
-    with pytest.raises(RecipeError, match="two is the folder of a run; choose another --output"):
+    with pytest.raises(UserError, match="two is the folder of a run; choose another --output"):
         run(tmp_path / "one", tmp_path / "two", "--output", tmp_path / "two")
     answer = subprocess.run([sys.executable, ROOT / "ensemble.py", "a", "b"], capture_output=True, text=True)
     assert answer.returncode == 1 and answer.stderr.startswith("error: a has no metrics.json")

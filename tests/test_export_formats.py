@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
-from audio_dendrites import export_formats
-from audio_dendrites.export import ExportError
-from audio_dendrites.export_formats import FORMATS, TOLERANCE, check_parity, export_run, main
 from audio_dendrites.models.dendritic import DendriticASTConfig, DendriticASTForAudioClassification
+from audio_dendrites.publishing import formats as export_formats
+from audio_dendrites.publishing.export import ExportError
+from audio_dendrites.publishing.formats import FORMATS, TOLERANCE, check_parity, export_run, main
 
 LABELS = ["siren", "dog", "drill"]
 DENDRITES = {
@@ -209,4 +209,4 @@ def test_the_command_says_where_the_file_is_and_how_close(plain, tmp_path, capsy
     monkeypatch.setattr(sys, "argv", ["export_formats", str(tmp_path / "none"), "--format", "onnx"])
     with pytest.raises(SystemExit, match="error: .*none has no config.json"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the module is already imported
-        runpy.run_module("audio_dendrites.export_formats", run_name="__main__")
+        runpy.run_module("audio_dendrites.publishing.formats", run_name="__main__")

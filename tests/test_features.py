@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ASTFeatureExtractor, AutoFeatureExtractor
 
-from audio_dendrites import features
-from audio_dendrites.features import BatchedASTFeatureExtractor, ClipFeatures, ExactFeatures, extract_features
+from audio_dendrites.data import features
+from audio_dendrites.data.features import BatchedASTFeatureExtractor, ClipFeatures, ExactFeatures, extract_features
 
 RATE = 16000
 

@@ -12,8 +12,10 @@ from conftest import ROOT
 from huggingface_hub import EvalResult, ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from audio_dendrites.config import RecipeError, default_hub_model_id, parse_recipe
-from audio_dendrites.hub import PublishError, check_outgoing, model_card, outgoing, read_reports, without_paths
+from audio_dendrites.errors import UserError
+from audio_dendrites.publishing.card import model_card
+from audio_dendrites.publishing.content import PublishError, check_outgoing, outgoing, read_reports, without_paths
+from audio_dendrites.recipes import default_hub_model_id, parse_recipe
 
 TEMPLATE = ROOT / "model_cards" / "model.md.jinja"
 CARDS = Path(__file__).parent / "cards"
@@ -284,8 +286,8 @@ def test_whatever_must_not_leave_is_found(what, name, online, tmp_path, monkeypa
 
 def test_a_secret_between_two_pieces_of_a_large_file_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    monkeypatch.setattr("audio_dendrites.hub.PIECE", 1000)
-    monkeypatch.setattr("audio_dendrites.hub.OVERLAP", 50)
+    monkeypatch.setattr("audio_dendrites.publishing.content.PIECE", 1000)
+    monkeypatch.setattr("audio_dendrites.publishing.content.OVERLAP", 50)
     (tmp_path / "model.safetensors").write_bytes(bytes(1990) + SECRET.encode() + bytes(5000))
     with pytest.raises(PublishError, match="model.safetensors holds the value of the environment variable WANDB"):
         check_outgoing({"model.safetensors": tmp_path / "model.safetensors"})
@@ -328,5 +330,5 @@ def test_a_run_folder_has_a_repository_of_its_own(output_dir, repo_id):
 
 
 def test_all_checkpoints_is_no_strategy_here():
-    with pytest.raises(RecipeError, match="hub_strategy: found all_checkpoints, wanted end, every_save or checkpoint"):
+    with pytest.raises(UserError, match="hub_strategy: found all_checkpoints, wanted end, every_save or checkpoint"):
         parse_recipe(["--hub_strategy", "all_checkpoints"])

@@ -18,12 +18,15 @@ from transformers.trainer_utils import EvalPrediction
 import compare
 import crossval
 import train
-from audio_dendrites.config import DataArguments, RecipeError, RunArguments, parse_recipe
-from audio_dendrites.data import _drawn_splits, class_names, encode_labels, load_clips, split_by_fold
-from audio_dendrites.hub import outgoing
-from audio_dendrites.metrics import compute_metrics
-from audio_dendrites.report import score, scores_table
-from audio_dendrites.trainer import classification_loss, resolve_loss
+from audio_dendrites.data.clips import load_clips
+from audio_dendrites.data.splits import class_names, drawn_splits, encode_labels, split_by_fold
+from audio_dendrites.errors import UserError
+from audio_dendrites.publishing.content import outgoing
+from audio_dendrites.recipes import DataArguments, RunArguments, parse_recipe
+from audio_dendrites.results.metrics import compute_metrics
+from audio_dendrites.results.scores import score
+from audio_dendrites.results.tables import scores_table
+from audio_dendrites.training.losses import classification_loss, resolve_loss
 from data_collator import AugmentedClips, SpectrogramCollator, WaveformCollator
 
 
@@ -40,7 +43,7 @@ def test_a_column_of_lists_gives_a_number_for_each_class(chords, column):
     encoded = encode_labels(index["label"], labels)
     assert encoded.dtype == np.float32
     assert encoded[:6].tolist() == [[0, 1], [1, 0], [1, 1], [0, 0], [0, 1], [1, 1]]
-    with pytest.raises(RecipeError, match="'low', which is not among high, middle"):
+    with pytest.raises(UserError, match="'low', which is not among high, middle"):
         class_names(index, split_by_fold(index, data), arguments(chords, labels=["high", "middle"]))
 
 
@@ -48,7 +51,7 @@ def test_drawn_shares_spread_the_rare_classes():
     names = [["a"] * (row % 2 == 0) + ["b"] * (row % 3 == 0) + ["rare"] * (row % 20 == 0) for row in range(200)]
     index = DataFrame({"label": names, "clip": [f"{row:03}" for row in range(200)]})
     index["group"] = index["clip"]
-    splits = Series(_drawn_splits(index, DataArguments(split_shares=[0.6, 0.2, 0.2])))
+    splits = Series(drawn_splits(index, DataArguments(split_shares=[0.6, 0.2, 0.2])))
     assert splits[index["label"].map(lambda found: "rare" in found)].value_counts().to_dict() == {
         "train": 6, "validation": 2, "test": 2,
     }  # fmt: skip
@@ -79,7 +82,7 @@ def test_binary_cross_entropy_is_the_mean_over_clips_and_classes():
 )
 def test_what_multi_label_clips_cannot_have_is_an_error(fields, message):
     arguments = RunArguments("x", **fields)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         resolve_loss(arguments, multi_label=True)
 
 
@@ -270,17 +273,17 @@ def test_the_mAP_of_a_side_is_the_mean_of_its_runs_each_over_its_own_clips(tmp_p
 def test_multi_label_runs_that_cannot_be_compared_say_why(tmp_path, changes, message):
     base = write_run(tmp_path / "base", high=range(6), low=range(6))
     other = write_run(tmp_path / "dend", high=range(6), low=range(6), **changes)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         compare.main([base, other])
 
 
 def test_sides_that_were_tested_by_other_folds_have_no_mAP_in_common(tmp_path):
     whole = write_run(tmp_path / "whole", high=range(6), low=range(6))
     parts = [write_run(tmp_path / str(n), high=range(3), low=range(3), clips=range(n, n + 3)) for n in (0, 3)]
-    with pytest.raises(RecipeError, match="wanted the same test folds on both sides"):
+    with pytest.raises(UserError, match="wanted the same test folds on both sides"):
         compare.main(["--baseline", whole, "--dendritic", *parts])
     empty = [write_run(tmp_path / name, high=[0], low=[0], clips=[3]) for name in ("one", "two")]
-    with pytest.raises(RecipeError, match="no test clip has a class"):
+    with pytest.raises(UserError, match="no test clip has a class"):
         compare.main(empty)
 
 

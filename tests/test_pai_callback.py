@@ -37,8 +37,8 @@ from transformers import (
 )
 
 import train
-from audio_dendrites.config import parse_recipe, read_yaml
-from audio_dendrites.trainer import AudioTrainer
+from audio_dendrites.recipes import parse_recipe, read_yaml
+from audio_dendrites.training.trainer import AudioTrainer
 from pai_callback import (
     STATE_FILE,
     Layer,

@@ -25,9 +25,10 @@ from transformers import AutoModelForAudioClassification, TrainerCallback
 
 import publish
 import train
-from audio_dendrites.config import RecipeError, parse_recipe
-from audio_dendrites.hub import PublishError
-from audio_dendrites.trainer import AudioTrainer
+from audio_dendrites.errors import UserError
+from audio_dendrites.publishing.content import PublishError
+from audio_dendrites.recipes import parse_recipe
+from audio_dendrites.training.trainer import AudioTrainer
 
 pytest.importorskip("perforatedai", reason="perforatedai has no wheel for this Python; 3.11 and 3.12 have one")
 
@@ -389,9 +390,9 @@ def test_a_training_goes_on_from_the_hubs_last_checkpoint(fit, online, tmp_path,
     assert steps[0] == steps[1]
     left = online.files("me/live").keys()
     assert not [name for name in left if "checkpoint" in name or name.endswith((".pt", ".pth"))]  # it has ended
-    with pytest.raises(RecipeError, match="me/live has no last-checkpoint/ on the Hub"):
+    with pytest.raises(UserError, match="me/live has no last-checkpoint/ on the Hub"):
         fit("third", resume_from_checkpoint="me/live", **options)
-    with pytest.raises(RecipeError, match="me/nothing is no folder, and not to be had from the Hub"):
+    with pytest.raises(UserError, match="me/nothing is no folder, and not to be had from the Hub"):
         fit("third", resume_from_checkpoint="me/nothing", **options)
 
 
@@ -410,7 +411,7 @@ def test_a_training_ends_whatever_the_hub_does(fit, online, slept, caplog):
 
 
 def test_a_full_disk_costs_a_push_and_no_training(fit, online, caplog, monkeypatch):
-    monkeypatch.setattr("audio_dendrites.trainer.export_dendritic", full_disk)
+    monkeypatch.setattr("audio_dendrites.training.trainer.export_dendritic", full_disk)
     run = fit(hub_strategy="every_save")
     assert "Step 2 is not pushed, and the training goes on: [Errno 28] No space left on device" in caplog.text
     assert not list(run.glob(".push-*")) and "Training in progress" not in " ".join(titles(online, "me/live"))

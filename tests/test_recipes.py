@@ -19,10 +19,10 @@ from transformers import (
 )
 
 import train
-from audio_dendrites.config import parse_recipe
-from audio_dendrites.features import Waveforms
+from audio_dendrites.data.features import Waveforms
 from audio_dendrites.models.cnn14 import CNN14Config
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
+from audio_dendrites.recipes import parse_recipe
 
 TINY = {None: TINY_AST, "ast": TINY_AST, "vit": TINY_VIT, "cnn14": TINY_CNN14}
 FRAMES = 48

@@ -7,14 +7,10 @@ from matplotlib.image import imread
 from pandas import DataFrame
 from transformers.trainer_utils import PredictionOutput
 
-from audio_dendrites.metrics import Accuracy, MacroF1, MeanAveragePrecision, PerClassAccuracy
-from audio_dendrites.report import (
-    markdown_table,
-    plot_confusion,
-    plot_learning_curves,
-    predictions_table,
-    score,
-)
+from audio_dendrites.results.metrics import Accuracy, MacroF1, MeanAveragePrecision, PerClassAccuracy
+from audio_dendrites.results.plots import plot_confusion, plot_learning_curves
+from audio_dendrites.results.scores import predictions_table, score
+from audio_dendrites.results.tables import markdown_table
 
 LOGITS = [[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 2.0, 0.0], [0.0, 1.0, 4.0]]
 LABELS = [0, 1, 0, 2]  # the third clip is taken for class 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from audio_dendrites.synth import LABELS, generate_clips, load_synthetic
+from audio_dendrites.data.synthetic import LABELS, generate_clips, load_synthetic
 
 CLIPS_PER_CLASS = 10
 

@@ -28,11 +28,13 @@ from transformers import (
 )
 
 import train
-from audio_dendrites import report
-from audio_dendrites.config import ModelArguments, RecipeError, parse_recipe
-from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.data.features import BatchedASTFeatureExtractor
+from audio_dendrites.errors import UserError
 from audio_dendrites.models.loading import load_model
-from audio_dendrites.trainer import CheckpointError, classification_loss, last_checkpoint
+from audio_dendrites.publishing.check import check_pipeline
+from audio_dendrites.recipes import ModelArguments, parse_recipe
+from audio_dendrites.training.checkpoints import CheckpointError, last_checkpoint
+from audio_dendrites.training.losses import classification_loss
 
 RECIPE = TONES | {
     "max_length": 48,
@@ -117,7 +119,7 @@ def test_the_saved_model_is_loaded_by_pipeline_and_must_say_the_same(recipe, tmp
     predictions = pandas.read_parquet(tmp_path / "run" / "predictions.parquet")
     others = predictions.assign(logits=list(np.stack(predictions["logits"]) + [1, 0]))
     with pytest.raises(RuntimeError, match="pipeline's scores are 0"):
-        report.check_pipeline(tmp_path / "run", clips, "audio", others)
+        check_pipeline(tmp_path / "run", clips, "audio", others)
 
 
 PAI = {"max_dendrites": 1, "schedule": "every", "stop_when_complete": False}
@@ -150,7 +152,7 @@ def test_what_is_wrong_with_the_dendrites_shows_before_the_baseline_is_trained(r
     with pytest.raises(train.PAIError, match="unknown field 'max_dendrite'; did you mean 'max_dendrites'"):
         train.main(parse_recipe([str(recipe(baseline=True, pai={"max_dendrite": 1}))]))
     assert not (tmp_path / "run_baseline").exists()
-    with pytest.raises(RecipeError, match="baseline: found true without a `pai` block"):
+    with pytest.raises(UserError, match="baseline: found true without a `pai` block"):
         parse_recipe([str(recipe(baseline=True))])
 
 
@@ -267,18 +269,18 @@ def test_a_half_written_checkpoint_is_passed_over(recipe, tmp_path, caplog):
 
 def test_checkpoints_of_another_recipe_are_not_gone_on_from(recipe, tmp_path):
     run(recipe(num_train_epochs=1))
-    with pytest.raises(RecipeError, match="learning_rate was 0.001 and is 0.5. Choose another --output_dir"):
+    with pytest.raises(UserError, match="learning_rate was 0.001 and is 0.5. Choose another --output_dir"):
         run(recipe(num_train_epochs=1), "--learning_rate", "0.5")
     run(recipe(num_train_epochs=1), "--logging_steps", "7")
     (tmp_path / "run" / "config.yaml").unlink()
-    with pytest.raises(RecipeError, match="which one is not known, as .*run/config.yaml is missing. Choose another"):
+    with pytest.raises(UserError, match="which one is not known, as .*run/config.yaml is missing. Choose another"):
         run(recipe(num_train_epochs=1))
 
 
 def test_a_checkpoint_of_another_class_count_is_an_error(recipe, tmp_path):
     run(recipe(num_train_epochs=1))
     with pytest.raises(
-        RecipeError,
+        UserError,
         match=r"resume_from_checkpoint: .*checkpoint-4 was trained on 2 classes \(high, low\), the recipe has 3",
     ):
         run(
@@ -336,14 +338,14 @@ def test_bad_input_is_one_line_without_a_traceback(recipe):
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_any_training(recipe, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match="output_dir: .* cannot be written"):
+    with pytest.raises(UserError, match="output_dir: .* cannot be written"):
         run(recipe(), "--output_dir", str(tmp_path / "file" / "run"))
 
 
 def test_a_disk_too_small_is_an_error_before_any_training(recipe, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4096))
-    with pytest.raises(RecipeError, match="has 0.00 GB left, the run needs about"):
+    with pytest.raises(UserError, match="has 0.00 GB left, the run needs about"):
         run(recipe())
 
 
@@ -368,7 +370,7 @@ def test_bad_clips_are_skipped_counted_and_listed(recipe, tones, tmp_path):
     rows = load_dataset("parquet", data_files=str(tones), split="train").to_list()
     rows[3]["audio"]["bytes"] = rows[3]["audio"]["bytes"][:200]
     Dataset.from_list(rows).to_parquet(tones)
-    with pytest.raises(RecipeError, match="(?s)1 clips cannot be used .*clip-3"):
+    with pytest.raises(UserError, match="(?s)1 clips cannot be used .*clip-3"):
         run(recipe())
     run(recipe(on_bad_clip="skip", num_train_epochs=1))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -443,5 +445,5 @@ def test_a_run_of_an_older_train_goes_on_where_the_recipe_is_the_same(recipe, tm
     capsys.readouterr()
     run(recipe(num_train_epochs=1))
     assert "Run folder" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="window_overlap was 0.5 and is 0.25"):
+    with pytest.raises(UserError, match="window_overlap was 0.5 and is 0.25"):
         run(recipe(num_train_epochs=1, window_overlap=0.25))

@@ -10,10 +10,11 @@ from transformers import (
     ViTModel,
 )
 
-from audio_dendrites.config import FeatureArguments, ModelArguments, RecipeError
-from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.data.features import BatchedASTFeatureExtractor
+from audio_dendrites.errors import UserError
 from audio_dendrites.models.loading import learning_rates, load_extractor, load_model
 from audio_dendrites.models.vit import MelViTForAudioClassification
+from audio_dendrites.recipes import FeatureArguments, ModelArguments
 
 EXTRACTOR = BatchedASTFeatureExtractor(max_length=48)
 
@@ -103,11 +104,11 @@ def test_the_last_layers_and_the_head_are_trained_each_at_its_rate():
     ],
 )
 def test_what_a_vit_cannot_do_is_an_error(arguments, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         load_model(["a", "b"], ModelArguments(architecture="vit", **arguments), EXTRACTOR)
 
 
 def test_weights_of_another_family_are_an_error(tmp_path):
     ASTConfig().save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match="is of type 'audio-spectrogram-transformer', wanted 'mel-vit', 'vit'"):
+    with pytest.raises(UserError, match="is of type 'audio-spectrogram-transformer', wanted 'mel-vit', 'vit'"):
         load_model(["a", "b"], ModelArguments(architecture="vit", model=str(tmp_path)), EXTRACTOR)

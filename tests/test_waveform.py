@@ -14,11 +14,12 @@ from conftest import TINY_AST, TINY_CNN14, TINY_VIT, TONES, tone
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, Wav2Vec2FeatureExtractor
 
 import train
-from audio_dendrites.config import FeatureArguments, ModelArguments, RecipeError, parse_recipe
-from audio_dendrites.export import export_dendritic
-from audio_dendrites.features import BatchedASTFeatureExtractor
+from audio_dendrites.data.features import BatchedASTFeatureExtractor
+from audio_dendrites.errors import UserError
 from audio_dendrites.models.loading import load_extractor, load_model
 from audio_dendrites.models.waveform import LogMel, WaveformConfig
+from audio_dendrites.publishing.export import export_dendritic
+from audio_dendrites.recipes import FeatureArguments, ModelArguments, parse_recipe
 from data_collator import AugmentedClips, WaveformCollator
 
 NETWORKS = {"ast": TINY_AST, "vit": TINY_VIT, "cnn14": TINY_CNN14}
@@ -244,7 +245,7 @@ def test_a_saved_waveform_model_starts_another(tmp_path):
         ({"model": arguments["model"]}, {}, "waveform: found false, but the model .* takes waveforms"),
         (arguments, {"mean": 1.0}, "mean: found 1.0, wanted -5.0, which the front end of"),
     ):
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(UserError, match=message):
             load_extractor(ModelArguments(**wrong), FeatureArguments(**features))
 
 
@@ -266,5 +267,5 @@ def test_a_saved_waveform_model_starts_another(tmp_path):
     ],
 )
 def test_what_a_recipe_cannot_have_is_said_before_any_data_is_read(run, changes, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         run(dataset="/nowhere", **changes)

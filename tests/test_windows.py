@@ -16,9 +16,10 @@ from transformers import ASTFeatureExtractor, pipeline
 
 import predict
 import train
-from audio_dendrites.config import RecipeError, RunArguments, parse_recipe
-from audio_dendrites.features import BatchedASTFeatureExtractor
-from audio_dendrites.windows import ClipWindows, aggregate, windows
+from audio_dendrites.data.features import BatchedASTFeatureExtractor
+from audio_dendrites.data.windows import ClipWindows, aggregate, windows
+from audio_dendrites.errors import UserError
+from audio_dendrites.recipes import RunArguments, parse_recipe
 from data_collator import SpectrogramCollator
 
 
@@ -74,7 +75,7 @@ def test_a_window_of_frames_is_what_the_extractor_makes_of_its_samples():
 
 
 def test_an_overlap_of_a_whole_window_is_an_error():
-    with pytest.raises(RecipeError, match="window_overlap: found 1.0, wanted 0 to under 1"):
+    with pytest.raises(UserError, match="window_overlap: found 1.0, wanted 0 to under 1"):
         RunArguments("x", window_overlap=1.0)
 
 
@@ -137,14 +138,14 @@ def test_long_clips_are_scored_whole_alike_by_the_run_by_two_processes_and_by_pr
     (files / "broken.flac").write_bytes(b"no sound")
     (files / "notes.txt").write_text("no sound either")
     soundfile.write(files / "loud.ogg", tone(300, 0.1, 44100), 44100)
-    with pytest.raises(RecipeError, match="(?s)^2 of 11 files could not be classified:.*broken.flac.*nowhere.wav"):
+    with pytest.raises(UserError, match="(?s)^2 of 11 files could not be classified:.*broken.flac.*nowhere.wav"):
         predict.main([str(tmp_path / "run"), str(files), str(tmp_path / "nowhere.wav"), "--top_k", "1"])
     told = capsys.readouterr().out
     assert "loud.ogg" in told and "class 1" in told and "class 2" not in told and "broken" not in told
 
 
 def test_predict_says_what_is_no_model_and_where_no_sound_is(tmp_path):
-    with pytest.raises(RecipeError, match="no sound file in"):
+    with pytest.raises(UserError, match="no sound file in"):
         predict.main([str(tmp_path), str(tmp_path)])
-    with pytest.raises(RecipeError, match="is no finished run folder and no model of the Hub"):
+    with pytest.raises(UserError, match="is no finished run folder and no model of the Hub"):
         predict.main([str(tmp_path), str(ROOT / "predict.py")])

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification, DeiTConfig, DeiTModel, ViTConfig, ViTModel
 from transformers.initialization import trunc_normal_
 
-from audio_dendrites.config import RecipeError
+from audio_dendrites.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +109,11 @@ def patch_grid(config: ASTConfig) -> tuple[int, int]:
     """Patches over (frequency, time).
 
     Raises:
-        RecipeError: The input is smaller than one patch.
+        UserError: The input is smaller than one patch.
     """
     for field in ("num_mel_bins", "max_length"):
         if getattr(config, field) < config.patch_size:
-            raise RecipeError(
-                f"{field}: found {getattr(config, field)}, wanted at least one patch, {config.patch_size}"
-            )
+            raise UserError(f"{field}: found {getattr(config, field)}, wanted at least one patch, {config.patch_size}")
     return (
         (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1,
         (config.max_length - config.patch_size) // config.time_stride + 1,
@@ -135,12 +133,12 @@ def add_patchout(model: ASTForAudioClassification, frequency: int, time: int) ->
         time: Columns of the grid to drop.
 
     Raises:
-        RecipeError: Nothing would be left.
+        UserError: Nothing would be left.
     """
     grid = patch_grid(model.config)
     for field, dropped, count in (("patchout_frequency", frequency, grid[0]), ("patchout_time", time, grid[1])):
         if not 0 <= dropped < count:
-            raise RecipeError(f"{field}: found {dropped}, wanted 0 to {count - 1}: the model has {count} patches there")
+            raise UserError(f"{field}: found {dropped}, wanted 0 to {count - 1}: the model has {count} patches there")
     model.audio_spectrogram_transformer.embeddings.register_forward_hook(partial(_patchout, grid, (frequency, time)))
 
 

@@ -21,9 +21,9 @@ from transformers import (
     ViTConfig,
 )
 
-from audio_dendrites.audio import window_samples
-from audio_dendrites.config import FeatureArguments, ModelArguments, Recipe, RecipeError
-from audio_dendrites.features import BatchedASTFeatureExtractor, Waveforms
+from audio_dendrites.data.audio import window_samples
+from audio_dendrites.data.features import BatchedASTFeatureExtractor, Waveforms
+from audio_dendrites.errors import UserError
 from audio_dendrites.models.ast import (
     IMAGE_MODELS,
     add_patchout,
@@ -35,6 +35,7 @@ from audio_dendrites.models.ast import (
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
+from audio_dendrites.recipes import FeatureArguments, ModelArguments, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 def _check_halvings(config: CNN14Config, max_length: int) -> None:
     for field, found in (("num_mel_bins", config.num_mel_bins), ("max_length", max_length)):
         if found < config.smallest_input:
-            raise RecipeError(
+            raise UserError(
                 f"{field}: found {found}, wanted at least {config.smallest_input}: CNN14 halves it "
                 f"{config.num_hidden_layers - 1} times"
             )
@@ -55,7 +56,7 @@ def _check_halvings(config: CNN14Config, max_length: int) -> None:
 def _check_backbone(config: WaveformConfig, max_length: int) -> None:
     wanted = getattr(config.backbone, "max_length", max_length)
     if wanted != max_length:
-        raise RecipeError(f"max_length: found {max_length}, wanted {wanted}, which the AST behind the front end takes")
+        raise UserError(f"max_length: found {max_length}, wanted {wanted}, which the AST behind the front end takes")
     if isinstance(config.backbone, CNN14Config):
         _check_halvings(config.backbone, max_length)
 
@@ -74,7 +75,7 @@ class Family:
         input_fields: Fields of its configuration that are the feature extractor's, not the recipe's `model_config`.
         fixed: Fields that no recipe sets.
         shape_free: Fields whose change leaves every pretrained weight alone but those that `adapt` fits.
-        check: Raises a RecipeError where a configuration and a number of frames cannot be.
+        check: Raises a UserError where a configuration and a number of frames cannot be.
         begin: Completes random weights.
         adapt: Fits pretrained weights to the model's configuration from the one given, the pretrained one.
         from_images: Weights of the model's base from a model of images and the configuration wanted, where it starts
@@ -133,12 +134,12 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Batched
     With `waveform` its settings become those of the model's front end, and the features are the waveforms.
 
     Raises:
-        RecipeError: The pretrained model has none, or a setting makes no sense.
+        UserError: The pretrained model has none, or a setting makes no sense.
     """
     settings = {name: value for name, value in vars(features).items() if value is not None}
     for name in settings.keys() - {"mean"}:
         if settings[name] <= 0:
-            raise RecipeError(f"{name}: found {settings[name]}, wanted a number above 0")
+            raise UserError(f"{name}: found {settings[name]}, wanted a number above 0")
     pretrained = None if model.model is None else _pretrained_config(model)
     if isinstance(pretrained, WaveformConfig):
         return _waveforms_of(model, pretrained, settings)
@@ -162,14 +163,14 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
     """Find out, before any data is read, whether the model can do what the recipe asks of it.
 
     Raises:
-        RecipeError: As `load_model`, but for the weights; an augmentation needs another kind of input; or the model
+        UserError: As `load_model`, but for the weights; an augmentation needs another kind of input; or the model
             has no gradient checkpointing.
     """
     recipe.augmentation.settings(recipe.model.waveform)
     if recipe.model.trainable_filters and not recipe.model.waveform:
-        raise RecipeError("trainable_filters: found true, but with waveform: false the filters are not in the model")
+        raise UserError("trainable_filters: found true, but with waveform: false the filters are not in the model")
     if recipe.model.trainable_filters and recipe.model.unfreeze_last_layers is not None:
-        raise RecipeError(
+        raise UserError(
             f"unfreeze_last_layers: found {recipe.model.unfreeze_last_layers}, which freezes the mel filters that "
             f"trainable_filters: true wants trained"
         )
@@ -178,7 +179,7 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
         model = _set_up(family.model(config), recipe.model, extractor)
     network = getattr(model, "backbone", model)
     if recipe.training.activation_checkpointing and not network.supports_gradient_checkpointing:
-        raise RecipeError(f"activation_checkpointing: found true, which {type(network).__name__} does not support")
+        raise UserError(f"activation_checkpointing: found true, which {type(network).__name__} does not support")
 
 
 def load_model(
@@ -198,7 +199,7 @@ def load_model(
         The model, float32, on the CPU.
 
     Raises:
-        RecipeError: The pretrained model is of another family or lacks weights, or a field of `model_config` does not
+        UserError: The pretrained model is of another family or lacks weights, or a field of `model_config` does not
             exist or does not fit.
     """
     family, pretrained, config = _resolve(labels, arguments, extractor)
@@ -227,30 +228,30 @@ def load_teacher(
         The model, float32, on the CPU, for evaluation, without gradients.
 
     Raises:
-        RecipeError: There is no such model, or it has other classes, another loss or hears other features.
+        UserError: There is no such model, or it has other classes, another loss or hears other features.
     """
     try:
         # The families are registered here, so that no code of the folder or the Hub is run.
         teacher = AutoModelForAudioClassification.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
         heard = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise RecipeError(
+        raise UserError(
             f"distill_from: {name!r} is no finished run folder, and neither the Hub nor the cache gave it: "
             f"{str(error).splitlines()[0]}"
         ) from error
     found, wanted = list(teacher.config.id2label.values()), list(labels)
     if found != wanted:
-        raise RecipeError(f"distill_from: {name} has the classes {', '.join(found)}, wanted {', '.join(wanted)}")
+        raise UserError(f"distill_from: {name} has the classes {', '.join(found)}, wanted {', '.join(wanted)}")
     own = "bce" if teacher.config.problem_type == "multi_label_classification" else "cross_entropy"
     if own != loss:
-        raise RecipeError(f"distill_from: {name} was trained with the loss {own}, wanted {loss}, as the recipe")
+        raise UserError(f"distill_from: {name} was trained with the loss {own}, wanted {loss}, as the recipe")
     given, wanted = heard.to_dict(), extractor.stock().to_dict()
     if isinstance(teacher.config, WaveformConfig):
         for field in ("max_length", "hop_length", "num_mel_bins"):
             given[field], wanted[field] = getattr(teacher.config, field), getattr(extractor, field)
     if other := sorted(field for field in given.keys() | wanted.keys() if given.get(field) != wanted.get(field)):
         told = "; ".join(f"{field} is {given.get(field)}, wanted {wanted.get(field)}" for field in other)
-        raise RecipeError(f"distill_from: {name} hears other features than the recipe's: {told}")
+        raise UserError(f"distill_from: {name} hears other features than the recipe's: {told}")
     return teacher.requires_grad_(False).eval()
 
 
@@ -276,11 +277,11 @@ def freeze_all_but_last(model: PreTrainedModel, layers: int) -> None:
     """Train only the last `layers` layers, what follows them and the head.
 
     Raises:
-        RecipeError: The model has fewer layers.
+        UserError: The model has fewer layers.
     """
     depth = model.config.num_hidden_layers
     if not 0 <= layers <= depth:
-        raise RecipeError(f"unfreeze_last_layers: found {layers}, wanted 0 to {depth}, the layers of the model")
+        raise UserError(f"unfreeze_last_layers: found {layers}, wanted 0 to {depth}, the layers of the model")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(layer_of(name, depth) > depth - layers)
 
@@ -303,7 +304,7 @@ def _resolve(
     settable = _field_names(family.config) - _field_names(PreTrainedConfig) - {*family.input_fields, *family.fixed}
     if strangers := sorted(set(settings) - settable):
         own = f" ({' and '.join(family.input_fields)} are fields of the recipe)" if family.input_fields else ""
-        raise RecipeError(
+        raise UserError(
             f"model_config: found {', '.join(strangers)}, wanted fields of {family.config.__name__}: "
             f"{', '.join(sorted(settable)) or 'none'}{own}"
         )
@@ -317,7 +318,7 @@ def _resolve(
     try:
         config = family.config(**settings)
     except StrictDataclassError as error:
-        raise RecipeError(f"model_config: {' '.join(str(error).split())}") from error
+        raise UserError(f"model_config: {' '.join(str(error).split())}") from error
     family.check(config, extractor.max_length)
     return family, pretrained, config
 
@@ -330,7 +331,7 @@ def _family(arguments: ModelArguments, pretrained: PreTrainedConfig | None) -> F
             return family
     wanted = [FAMILIES[arguments.architecture]] if arguments.architecture else FAMILIES.values()
     types = ", ".join(dict.fromkeys(repr(kind) for family in wanted for kind in family.starts_from))
-    raise RecipeError(f"model: {arguments.model} is of type {pretrained.model_type!r}, wanted {types}")
+    raise UserError(f"model: {arguments.model} is of type {pretrained.model_type!r}, wanted {types}")
 
 
 def _pretrained_config(arguments: ModelArguments) -> PreTrainedConfig:
@@ -389,12 +390,12 @@ def _from_pretrained(
             ignore_mismatched_sizes=True, output_loading_info=True, **settings,
         )  # fmt: skip
     except OSError as error:
-        raise RecipeError(f"model: the weights of {arguments.model!r} could not be loaded: {error}") from error
+        raise UserError(f"model: the weights of {arguments.model!r} could not be loaded: {error}") from error
 
 
 def _refuse(name: str, lost: set[str]) -> None:
     if lost:
-        raise RecipeError(
+        raise UserError(
             f"model: {name} and the recipe's model_config differ in {', '.join(sorted(lost)[:5])} ({len(lost)} tensors)"
         )
 
@@ -402,15 +403,15 @@ def _refuse(name: str, lost: set[str]) -> None:
 def _waveforms_of(model: ModelArguments, pretrained: WaveformConfig, settings: dict[str, Any]) -> Waveforms:
     """What a saved model with a front end gets; of the recipe's settings only `max_length` may differ from its own."""
     if not model.waveform:
-        raise RecipeError(f"waveform: found false, but the model {model.model} takes waveforms: wanted true")
+        raise UserError(f"waveform: found false, but the model {model.model} takes waveforms: wanted true")
     for name, value in settings.items():
         if name != "max_length" and value != getattr(pretrained, name):
-            raise RecipeError(
+            raise UserError(
                 f"{name}: found {value}, wanted {getattr(pretrained, name)}, which the front end of {model.model} has"
             )
     max_length = settings.get("max_length", pretrained.max_length)
     if max_length is None:
-        raise RecipeError(f"max_length: found none, wanted a number of frames; {model.model} takes any")
+        raise UserError(f"max_length: found none, wanted a number of frames; {model.model} takes any")
     return Waveforms(
         max_length=max_length,
         window_length=pretrained.window_length if pretrained.convention == "kaldi" else 0,
@@ -438,18 +439,18 @@ def _set_up(
     if arguments.attn_implementation is not None:
         network = getattr(model, "backbone", model)
         if not network._supports_sdpa:
-            raise RecipeError(
+            raise UserError(
                 f"attn_implementation: found {arguments.attn_implementation}, but {type(network).__name__} has no "
                 "attention: leave it out"
             )
         try:
             network.set_attn_implementation(arguments.attn_implementation)
         except (ImportError, ValueError) as error:
-            raise RecipeError(f"attn_implementation: {error}") from error
+            raise UserError(f"attn_implementation: {error}") from error
     if arguments.patchout_frequency or arguments.patchout_time:
         network = getattr(model, "backbone", model)
         if not isinstance(network, ASTForAudioClassification):
-            raise RecipeError(
+            raise UserError(
                 f"patchout_frequency, patchout_time: drop patches of an AST, and this is a {type(network).__name__}"
             )
         add_patchout(network, arguments.patchout_frequency, arguments.patchout_time)
@@ -460,9 +461,9 @@ def _set_up(
     return model
 
 
-def _not_found(arguments: ModelArguments, error: Exception) -> RecipeError:
+def _not_found(arguments: ModelArguments, error: Exception) -> UserError:
     name = arguments.model
-    return RecipeError(
+    return UserError(
         f"model: {name!r} (revision {arguments.model_revision or 'main'}) is no model folder, and neither the Hub nor "
         f"the cache gave it. Without network, fetch it elsewhere with `python -m audio_dendrites.data download RECIPE` "
         f"and set HF_HOME to the same cache, or give a folder: --model FOLDER. ({str(error).splitlines()[0]})"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from audio_dendrites.features import Waveforms
+from audio_dendrites.data.features import Waveforms
 from audio_dendrites.models.cnn14 import CNN14Config
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
 

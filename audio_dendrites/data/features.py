@@ -17,11 +17,10 @@ from torch.utils.data import Dataset
 from torchaudio.compliance.kaldi import get_mel_banks
 from transformers import ASTFeatureExtractor, BatchFeature, Wav2Vec2FeatureExtractor
 
-from audio_dendrites.audio import BadClip, load_waveform, window_samples
+from audio_dendrites.data.audio import BadClip, load_waveform, window_samples
 
 # Part of the cache's key. Raise it when the same clip and settings give other numbers than before.
 FEATURES_VERSION = 1
-
 # Frames computed at once: what a CPU core's second-level cache holds with all intermediate results; and on a
 # GPU, which wants long rows of work, 11 minutes of sound in half a GiB.
 _FRAMES_ON_CPU = 384

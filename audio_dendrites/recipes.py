@@ -9,10 +9,8 @@ import copy
 import dataclasses
 import difflib
 import json
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -23,10 +21,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-
-class RecipeError(ValueError):
-    """Something the user wrote or named is wrong; the message says what was found and what is wanted."""
-
+from audio_dendrites.errors import UserError
+from audio_dendrites.files import written_whole
 
 SPLITS = ("train", "validation", "test")
 LISTS = ("validation_list", "test_list")
@@ -127,9 +123,9 @@ class DataArguments:
 
     def __post_init__(self):
         if self.label_separator == "":
-            raise RecipeError("label_separator: found '', wanted a character or more, or none")
+            raise UserError("label_separator: found '', wanted a character or more, or none")
         if self.dataset_dir and self.dataset_config:
-            raise RecipeError(f"dataset_config: found {self.dataset_config} beside dataset_dir, wanted one of them")
+            raise UserError(f"dataset_config: found {self.dataset_config} beside dataset_dir, wanted one of them")
         ways = {
             way: [name for name in names if getattr(self, name) is not None]
             for way, names in (
@@ -141,7 +137,7 @@ class DataArguments:
         }
         if len(found := {way: names for way, names in ways.items() if names}) > 1:
             told = "; ".join(f"{', '.join(names)} ({way})" for way, names in found.items())
-            raise RecipeError(f"found {told}: wanted one way to divide the data set")
+            raise UserError(f"found {told}: wanted one way to divide the data set")
         if ways["splits of its own"]:
             self._check_own_splits()
         elif ways["drawn shares"]:
@@ -149,7 +145,7 @@ class DataArguments:
             self.split_seed = self.split_seed or 0
         elif lists := ways["lists of clips"]:
             if missing := [name for name in LISTS if name not in lists]:
-                raise RecipeError(f"{missing[0]}: found none beside {lists[0]}, wanted a file with names of clips")
+                raise UserError(f"{missing[0]}: found none beside {lists[0]}, wanted a file with names of clips")
         else:
             self.fold_column = self.fold_column or "fold"
             self.train_folds = self.train_folds or [str(fold) for fold in range(1, 9)]
@@ -162,14 +158,14 @@ class DataArguments:
     def _check_own_splits(self) -> None:
         for split in SPLITS:
             if getattr(self, f"{split}_split") is None:
-                raise RecipeError(f"{split}_split: found none, wanted the name of a split, as for the other two")
+                raise UserError(f"{split}_split: found none, wanted the name of a split, as for the other two")
         if self.dataset_split is not None:
-            raise RecipeError(f"dataset_split: found {self.dataset_split} beside train_split, wanted one of them")
+            raise UserError(f"dataset_split: found {self.dataset_split} beside train_split, wanted one of them")
 
     def _check_shares(self) -> None:
         shares = self.split_shares or []
         if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
-            raise RecipeError(
+            raise UserError(
                 f"split_shares: found {' '.join(map(str, shares)) or 'none'}, wanted three numbers above 0 that sum "
                 "to 1: the shares of train, validation and test"
             )
@@ -178,7 +174,7 @@ class DataArguments:
         way = "split" if self.train_split else "folds"
         for split in ("validation", "test"):
             if both := sorted(set(self.folds["train"]) & set(self.folds[split])):
-                raise RecipeError(
+                raise UserError(
                     f"fold {', '.join(both)} stands in train_{way} and in {split}_{way}: the score would be worthless"
                 )
 
@@ -243,12 +239,12 @@ class AugmentationArguments:
         """The collator's settings.
 
         Raises:
-            RecipeError: One is asked for that only the other kind of input has.
+            UserError: One is asked for that only the other kind of input has.
         """
         alien = ("filter_gain", "frequency_shift") if waveform else ("gain",)
         for name in alien:
             if value := getattr(self, name):
-                raise RecipeError(
+                raise UserError(
                     f"{name}: found {value}, wanted none with waveform: {str(waveform).lower()}; it changes "
                     f"{'spectrograms' if waveform else 'waveforms'} before the model gets them"
                 )
@@ -324,7 +320,7 @@ class DendriteArguments:
     def __post_init__(self):
         self.pai = _mapping("pai", self.pai)
         if self.baseline and self.pai is None:
-            raise RecipeError("baseline: found true without a `pai` block, wanted dendrites to compare a baseline with")
+            raise UserError("baseline: found true without a `pai` block, wanted dendrites to compare a baseline with")
 
 
 @dataclass
@@ -393,15 +389,15 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self):
         if not 0 <= self.window_overlap < 1:
-            raise RecipeError(f"window_overlap: found {self.window_overlap}, wanted 0 to under 1")
+            raise UserError(f"window_overlap: found {self.window_overlap}, wanted 0 to under 1")
         if not 0 < self.distillation <= 1:
-            raise RecipeError(f"distillation: found {self.distillation}, wanted above 0, up to 1")
+            raise UserError(f"distillation: found {self.distillation}, wanted above 0, up to 1")
         metric = self.metric_for_best_model
         if metric is not None and metric.removeprefix("eval_") not in (*SCORES, "loss"):
-            raise RecipeError(f"metric_for_best_model: found {metric}, wanted {', '.join(SCORES)} or loss")
+            raise UserError(f"metric_for_best_model: found {metric}, wanted {', '.join(SCORES)} or loss")
         self.check_loss(self.loss)
         if self.balanced_sampling and self.train_sampling_strategy != "random":
-            raise RecipeError(
+            raise UserError(
                 f"train_sampling_strategy: found {self.train_sampling_strategy} beside balanced_sampling: wanted random"
             )
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
@@ -411,7 +407,7 @@ class RunArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if self.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
-            raise RecipeError("hub_strategy: found all_checkpoints, wanted end, every_save or checkpoint")
+            raise UserError("hub_strategy: found all_checkpoints, wanted end, every_save or checkpoint")
         if self.push_to_hub and self.hub_model_id is None:
             self.hub_model_id = default_hub_model_id(self.output_dir)
         self._check_averages()
@@ -420,28 +416,28 @@ class RunArguments(TrainingArguments):
         """Whether the other fields fit a loss; what `auto` stands for is only known with the data.
 
         Raises:
-            RecipeError: They do not.
+            UserError: They do not.
         """
         if loss == "bce" and self.label_smoothing_factor:
-            raise RecipeError(
+            raise UserError(
                 f"label_smoothing_factor: found {self.label_smoothing_factor}, wanted none with the loss bce"
             )
 
     def _check_averages(self) -> None:
         count, limit = self.average_checkpoints, self.save_total_limit
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise RecipeError(f"ema_decay: found {self.ema_decay}, wanted a number between 0 and 1")
+            raise UserError(f"ema_decay: found {self.ema_decay}, wanted a number between 0 and 1")
         if count is None:
             return
         if count < 2:
-            raise RecipeError(f"average_checkpoints: found {count}, wanted 2 or more")
+            raise UserError(f"average_checkpoints: found {count}, wanted 2 or more")
         if self.ema_decay is not None:
-            raise RecipeError("average_checkpoints and ema_decay both average the weights: choose one of them")
+            raise UserError("average_checkpoints and ema_decay both average the weights: choose one of them")
         if self.save_strategy == "no":
-            raise RecipeError("average_checkpoints: save_strategy 'no' saves none; wanted epoch or steps")
+            raise UserError("average_checkpoints: save_strategy 'no' saves none; wanted epoch or steps")
         wanted = count + (self.metric_for_best_model is not None)  # the best checkpoint may be an older one
         if limit is not None and limit < wanted:
-            raise RecipeError(
+            raise UserError(
                 f"average_checkpoints: found {count}, but only {limit} checkpoints are kept; wanted save_total_limit "
                 f"{wanted} or more: the last {count}{' and the best' if wanted > count else ''}"
             )
@@ -462,7 +458,7 @@ class Recipe:
 
     def __post_init__(self):
         if self.training.ema_decay is not None and self.dendrites.pai is not None:
-            raise RecipeError(
+            raise UserError(
                 "ema_decay: a moving average cannot follow a model that grows dendrites; average_checkpoints can"
             )
 
@@ -498,7 +494,7 @@ def resolve_precision(asked: str, use_cpu: bool = False) -> str:
         fp32, bf16 or fp16.
 
     Raises:
-        RecipeError: The hardware lacks the precision asked for.
+        UserError: The hardware lacks the precision asked for.
     """
     cuda = torch.cuda.is_available() and not use_cpu
     if cuda:
@@ -511,9 +507,9 @@ def resolve_precision(asked: str, use_cpu: bool = False) -> str:
     if asked == "auto":
         return "bf16" if bf16 else "fp16" if fp16 else "fp32"
     if asked == "fp16" and not fp16:
-        raise RecipeError(f"precision: found fp16, which needs a CUDA GPU; this is {hardware}: use bf16, fp32 or auto")
+        raise UserError(f"precision: found fp16, which needs a CUDA GPU; this is {hardware}: use bf16, fp32 or auto")
     if asked == "bf16" and cuda and not bf16:
-        raise RecipeError(
+        raise UserError(
             f"precision: found bf16, which {hardware} lacks (Ampere or newer has it): use fp16, fp32 or auto"
         )
     return asked
@@ -525,9 +521,9 @@ def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | 
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise RecipeError(f"{name}: found {value!r}, wanted a JSON object ({error})") from error
+            raise UserError(f"{name}: found {value!r}, wanted a JSON object ({error})") from error
     if value is not None and not isinstance(value, dict):
-        raise RecipeError(f"{name}: found {value!r}, wanted a mapping of its fields")
+        raise UserError(f"{name}: found {value!r}, wanted a mapping of its fields")
     return value
 
 
@@ -542,7 +538,7 @@ class _RecipeParser(HfArgumentParser):
     def error(self, message: str):
         message = re.sub(r"argument --([\w]+)\S*:", r"\1:", message)
         message = re.sub(r"invalid (\w+) value: (.*)", r"found \2, wanted \1", message)
-        raise RecipeError(f"{self.source}: {message}")
+        raise UserError(f"{self.source}: {message}")
 
 
 def parse_recipe(argv: list[str]) -> Recipe:
@@ -552,7 +548,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
         argv: `[recipe.yaml] [--field value ...]`, as `sys.argv[1:]`.
 
     Raises:
-        RecipeError: Unknown or mistyped fields, a missing file.
+        UserError: Unknown or mistyped fields, a missing file.
     """
     parser = _RecipeParser(
         PARTS,
@@ -574,9 +570,9 @@ def parse_recipe(argv: list[str]) -> Recipe:
             look_for_args_file=False,
         )
     except ValueError as error:  # TrainingArguments' own checks
-        raise RecipeError(str(error)) from error
+        raise UserError(str(error)) from error
     if unknown:
-        raise RecipeError(f"command line: unknown field {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), parser)}")
+        raise UserError(f"command line: unknown field {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), parser)}")
     named = {re.sub("^--(no[_-])?", "", word.split("=")[0]).replace("-", "_") for word in overrides}
     known = {name.name for part in PARTS for name in dataclasses.fields(part)}
     return Recipe(*parts, chosen=frozenset((named | set(recipe)) & known))
@@ -586,16 +582,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A recipe's fields, those it inherits included; a field set to null is as one left out.
 
     Raises:
-        RecipeError: The file is missing, is not YAML, or is not one mapping.
+        UserError: The file is missing, is not YAML, or is not one mapping.
     """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"recipe {path}: {error.strerror}; the recipes are in configs/") from error
+        raise UserError(f"recipe {path}: {error.strerror}; the recipes are in configs/") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path} is not YAML: {error}") from error
+        raise UserError(f"recipe {path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise RecipeError(f"recipe {path}: found {type(recipe).__name__}, wanted lines of `field: value`")
+        raise UserError(f"recipe {path}: found {type(recipe).__name__}, wanted lines of `field: value`")
     if base := recipe.pop("inherits", None):
         recipe = read_yaml(path.parent / base) | recipe
     return {key: value for key, value in recipe.items() if value is not None}
@@ -623,25 +619,14 @@ def write_yaml(recipe: Recipe, path: Path) -> None:
         beside.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed when done: `path` is never seen half-written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _as_tokens(recipe: dict[str, Any], parser: HfArgumentParser, path: Path | None) -> Iterator[str]:
     actions = {action.dest: action for action in parser._actions}
     for key, value in recipe.items():
         if key not in actions or key == "help":
-            raise RecipeError(f"{path}: unknown field {key!r}{_nearest(key, parser)}")
+            raise UserError(f"{path}: unknown field {key!r}{_nearest(key, parser)}")
         if isinstance(value, list):
             if actions[key].nargs != "+":
-                raise RecipeError(f"{path}: {key}: found the list {value}, wanted one value")
+                raise UserError(f"{path}: {key}: found the list {value}, wanted one value")
             yield from (f"--{key}", *map(str, value))
         else:
             yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"

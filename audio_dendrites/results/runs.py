@@ -8,26 +8,26 @@ from typing import Any
 import pandas
 from pandas import DataFrame, Series
 
-from audio_dendrites.config import RecipeError
-from audio_dendrites.data import is_multi_label
+from audio_dendrites.data.splits import is_multi_label
+from audio_dendrites.errors import UserError
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
     """metrics.json and predictions.parquet of one run; of multi-label clips `label` is a sorted tuple.
 
     Raises:
-        RecipeError: The folder is no finished run, or one of an older train.py.
+        UserError: The folder is no finished run, or one of an older train.py.
     """
     for name in ("metrics.json", "predictions.parquet"):
         if not (folder / name).is_file():
-            raise RecipeError(
+            raise UserError(
                 f"{folder} has no {name}: it is no run folder, or its run has not finished; the same train.py command "
                 "goes on with it"
             )
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     predictions = pandas.read_parquet(folder / "predictions.parquet")
     if "group" not in predictions:
-        raise RecipeError(
+        raise UserError(
             f"{folder}/predictions.parquet has no column 'group' (source recording), it has "
             f"{', '.join(predictions.columns)}: an older train.py wrote it; train again"
         )
@@ -40,12 +40,12 @@ def check_same_task(folders: Sequence[Path], metrics: Sequence[dict[str, Any]]) 
     """Whether runs are of one data set and have the same classes in the same order.
 
     Raises:
-        RecipeError: They are not.
+        UserError: They are not.
     """
     for folder, other in zip(folders[1:], metrics[1:], strict=True):
         for field in ("dataset", "labels"):
             if other[field] != metrics[0][field]:
-                raise RecipeError(
+                raise UserError(
                     f"{field}: {folders[0]} was tested on {metrics[0][field]}, {folder} on {other[field]}; wanted the "
                     "same"
                 )
@@ -59,7 +59,7 @@ def check_same_clips(first: DataFrame, other: DataFrame, first_name: str, other_
         first_name, other_name: What errors call them.
 
     Raises:
-        RecipeError: They are not.
+        UserError: They are not.
     """
     refuse(first.loc[first.index.difference(other.index)], f"{other_name} did not test")
     refuse(other.loc[other.index.difference(first.index)], f"{first_name} did not test")
@@ -72,8 +72,8 @@ def refuse(clips: DataFrame | Series, fault: str) -> None:
     """Raise an error that names the clips, if there are any.
 
     Raises:
-        RecipeError: There are.
+        UserError: There are.
     """
     if len(clips):
         names = ", ".join(map(str, clips.index[:3]))
-        raise RecipeError(f"{fault} {len(clips)} clips ({names}{', …' if len(clips) > 3 else ''})")
+        raise UserError(f"{fault} {len(clips)} clips ({names}{', …' if len(clips) > 3 else ''})")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
-from audio_dendrites.config import RecipeError
+from audio_dendrites.errors import UserError
 
 EMA_FILE = "ema.safetensors"  # in a checkpoint: the moving average, beside the weights that are trained
 
@@ -26,7 +26,7 @@ def average_weights(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
         Tensors by live name, of their own dtype; summed in float64. What is not floating point is the last one's.
 
     Raises:
-        RecipeError: The checkpoints have not the same tensors.
+        UserError: The checkpoints have not the same tensors.
     """
     *others, last = folders
     mean = load_file(last / "model.safetensors")
@@ -37,7 +37,7 @@ def average_weights(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
         tensors = load_file(folder / "model.safetensors")
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if different := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
-            raise RecipeError(
+            raise UserError(
                 f"average_checkpoints: {folder} and {last} are models of different structure: they differ in "
                 f"{', '.join(different[:3])} ({len(different)} tensors)"
             )
@@ -83,11 +83,11 @@ class MovingAverage(TrainerCallback):
         """Go on from the average of a checkpoint.
 
         Raises:
-            RecipeError: It has none.
+            UserError: It has none.
         """
         path = Path(folder, EMA_FILE)
         if not path.exists():
-            raise RecipeError(f"ema_decay: {folder} has no {EMA_FILE}: it was written by a training without ema_decay")
+            raise UserError(f"ema_decay: {folder} has no {EMA_FILE}: it was written by a training without ema_decay")
         load_model(self.average, path)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

@@ -1,6 +1,6 @@
 """A finished run as one file for other runtimes, checked against the model it comes from.
 
-    python -m audio_dendrites.export_formats RUN --format onnx|torch_export|safetensors [--output FILE]
+    python -m audio_dendrites.publishing.formats RUN --format onnx|torch_export|safetensors [--output FILE]
 
 onnx: for ONNX Runtime and what else reads ONNX. torch_export: for `torch.export.load`, with torch alone. Both take
 `input_values` as the run's feature extractor makes them, any number of clips, and give `logits`. safetensors: the
@@ -27,13 +27,12 @@ from torch import nn
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, FeatureExtractionMixin, PreTrainedModel
 
 import audio_dendrites.models  # noqa: F401  so that transformers knows them, without the code in the run folder
-from audio_dendrites.config import written_whole
-from audio_dendrites.export import ExportError
+from audio_dendrites.files import written_whole
+from audio_dendrites.publishing.export import ExportError
 
 TOLERANCE = 1e-5  # largest difference of a logit, as a share of the batch's largest logit
 BATCHES = (1, 4)  # clips that are compared; traced with another number, so that a fixed one would show
 LARGEST_ONNX = 2**31 - 2**24  # bytes of weights: a protobuf message ends at 2 GiB, and the graph needs some of it
-
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -250,7 +249,7 @@ FORMATS = {
 def main(arguments: Sequence[str]) -> None:
     """Export, and say where to and how closely."""
     parser = argparse.ArgumentParser(
-        prog="python -m audio_dendrites.export_formats",
+        prog="python -m audio_dendrites.publishing.formats",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

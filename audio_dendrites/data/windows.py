@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import ASTFeatureExtractor, AudioClassificationPipeline
 
-from audio_dendrites.audio import window_samples
+from audio_dendrites.data.audio import window_samples
 
 
 def windows(length: int, max_length: int, overlap: float, window_length: int = 1, hop_length: int = 1) -> list[slice]:

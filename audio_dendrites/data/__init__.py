@@ -1,0 +1,1 @@
+"""Clips: loading, dividing, decoding, features, windows."""

@@ -1,0 +1,201 @@
+"""Divide clips into train, validation and test: by folds, by splits of their own, by lists, or by chance."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from fractions import Fraction
+from math import lcm
+from pathlib import Path
+
+import numpy as np
+from pandas import DataFrame, Series
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.preprocessing import MultiLabelBinarizer
+
+from audio_dendrites.errors import UserError
+from audio_dendrites.recipes import SPLITS, DataArguments
+
+logger = logging.getLogger(__name__)
+
+
+def split_by_fold(index: DataFrame, arguments: DataArguments) -> dict[str, np.ndarray]:
+    """Divide clips into train, validation and test, and look for source recordings on both sides.
+
+    Args:
+        index: As `load_clips` gives it.
+
+    Returns:
+        The row numbers of the splits `train`, `validation` and `test`, in the order of the clips' names: the same data
+        in another order gives the same model.
+
+    Raises:
+        UserError: A fold is empty.
+    """
+    asked = arguments.folds
+    present = index["fold"].value_counts().sort_index()
+    for split, folds in asked.items():
+        if missing := [fold for fold in folds if fold not in present]:
+            counts = ", ".join(f"{fold} ({count} clips)" for fold, count in present.items())
+            raise UserError(f"{split}_folds: no clip in fold {', '.join(missing)}; {arguments.dataset} has {counts}")
+    if both := sorted(set(asked["validation"]) & set(asked["test"])):
+        logger.warning(
+            "Fold %s is in validation and in test: if it chooses the checkpoint, its score is optimistic.",
+            ", ".join(both),
+        )
+    by_name = index["clip"].argsort(kind="stable").to_numpy()
+    splits = {split: by_name[index["fold"].iloc[by_name].isin(folds)] for split, folds in asked.items()}
+    return splits | {"train": _check_leaks(index["group"], splits, arguments)}
+
+
+def class_names(index: DataFrame, splits: dict[str, np.ndarray], arguments: DataArguments) -> list[str]:
+    """The classes in the model's order: as the recipe lists them, else those of the training clips, sorted by name.
+
+    Sorting makes the model independent of the order of the rows.
+
+    Raises:
+        UserError: A clip has a label that is not listed or, in validation and test, that training has none of.
+    """
+    found = {split: set(index["label"].iloc[rows].explode().dropna()) for split, rows in splits.items()}
+    labels = arguments.labels or sorted(found["train"])
+    for split, names in found.items():
+        if strangers := sorted(names - set(labels)):
+            raise UserError(
+                f"labels: {split} clips have the label {', '.join(map(repr, strangers))}, which is not among "
+                f"{', '.join(labels)} ({'as the recipe lists them' if arguments.labels else 'as found in training'})"
+            )
+    if len(labels) < 2:
+        raise UserError(f"labels: found only {', '.join(labels)}, wanted two classes or more")
+    return labels
+
+
+def is_multi_label(names: Series) -> bool:
+    """Whether clips have lists of class names."""
+    return not isinstance(names.iloc[0], str)
+
+
+def encode_labels(names: Series, labels: Sequence[str]) -> np.ndarray:
+    """What a model is trained on.
+
+    Args:
+        names: The class name of each clip, or a list of them.
+        labels: All of them in the order of the logits.
+
+    Returns:
+        Class numbers (clips,), int64, or for lists (clips, classes), float32, 1 for each of a clip's classes.
+    """
+    if not is_multi_label(names):
+        return names.map(list(labels).index).to_numpy()
+    return MultiLabelBinarizer(classes=list(labels)).fit_transform(names).astype(np.float32)
+
+
+def drop_bad_clips(
+    splits: dict[str, np.ndarray], errors: Sequence[str], on_bad_clip: str
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Leave out the clips that could not be read.
+
+    Args:
+        splits: Row numbers of each split.
+        errors: For each row what is wrong with its clip, or "".
+        on_bad_clip: error or skip.
+
+    Returns:
+        The splits without them, and their errors.
+
+    Raises:
+        UserError: There are bad clips and `on_bad_clip` is error, or a split has no other.
+    """
+    errors = np.asarray(errors)
+    bad = [errors[row] for rows in splits.values() for row in rows if errors[row]]
+    if bad and on_bad_clip == "error":
+        listed = "".join(f"\n  {error}" for error in bad[:20]) + f"\n  and {len(bad) - 20} more" * (len(bad) > 20)
+        raise UserError(f"{len(bad)} clips cannot be used (--on_bad_clip skip leaves them out):{listed}")
+    for error in bad:
+        logger.warning("Skipped %s", error)
+    good = {split: rows[errors[rows] == ""] for split, rows in splits.items()}
+    if empty := [split for split, rows in good.items() if not len(rows)]:
+        raise UserError(f"none of the {len(splits[empty[0]])} {empty[0]} clips can be used; the first: {bad[0]}")
+    return good, bad
+
+
+def drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
+    """The name of each clip's split, drawn by source recording and stratified by class.
+
+    The shares are multiples of 1 / k, and so many of the k folds of scikit-learn's `StratifiedGroupKFold`. A clip of
+    several classes counts for the rarest of them.
+    """
+    shares = [Fraction(share).limit_denominator(20) for share in arguments.split_shares]
+    parts = lcm(*(share.denominator for share in shares))
+    if sum(shares) != 1 or parts > 60:
+        raise UserError(f"split_shares: found {arguments.split_shares}, wanted multiples of 0.05, 1/3, 1/4 or the like")
+    if (groups := index["group"].nunique()) < parts:
+        raise UserError(
+            f"split_shares: found {groups} source recordings, wanted at least {parts} for {arguments.split_shares}"
+        )
+    rows = index.sort_values("clip", kind="stable").index.to_numpy()  # any order of the rows gives the same
+    labels = index["label"]
+    if is_multi_label(labels):
+        counts = labels.explode().value_counts()
+        labels = labels.map(lambda names: min(names, key=lambda name: (counts[name], name), default=""))
+    splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=arguments.split_seed)
+    bounds = np.cumsum([int(share * parts) for share in shares])
+    splits = np.empty(len(index), dtype=object)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class in y has only")
+        for fold, (_, held_out) in enumerate(splitter.split(rows, labels[rows], index["group"][rows])):
+            splits[rows[held_out]] = SPLITS[np.searchsorted(bounds, fold, side="right")]
+    if empty := [split for split in SPLITS if split not in splits]:
+        raise UserError(f"split_shares: {empty[0]} got no clip of {groups} source recordings; try another split_seed")
+    return splits
+
+
+def listed_splits(names: Series, arguments: DataArguments) -> np.ndarray:
+    """The name of each clip's split, by the two lists of clips."""
+    folder = Path(arguments.dataset).expanduser()
+    folder = folder if folder.is_dir() else folder.parent if folder.exists() else Path()
+    splits = np.full(len(names), "train", dtype=object)
+    for split in ("validation", "test"):
+        path = folder / getattr(arguments, f"{split}_list")
+        try:
+            listed = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+        except OSError as error:
+            raise UserError(f"{split}_list: {path}: {error.strerror}, wanted a name of a clip a line") from error
+        if strangers := sorted(listed - set(names)):
+            raise UserError(
+                f"{split}_list: {path} names {len(strangers)} clips that {arguments.dataset} has not, the first is "
+                f"{strangers[0]}; its own are named as {names[0]}"
+            )
+        chosen = names.isin(listed)
+        if twice := sorted(names[chosen & (splits != "train")]):
+            raise UserError(f"{split}_list: {path} names {len(twice)} clips of validation_list, as {twice[0]}")
+        splits[chosen] = split
+    return splits
+
+
+def without_labels(index: DataFrame, arguments: DataArguments) -> DataFrame:
+    """The clips without those of the classes that are to be dropped."""
+    dropped, labels = set(arguments.drop_labels), index["label"]
+    if strangers := sorted(dropped - set(labels.explode())):
+        raise UserError(
+            f"drop_labels: {arguments.dataset} has no clip of {', '.join(strangers)}; it has "
+            f"{', '.join(sorted(set(labels.explode().dropna())))}"
+        )
+    if is_multi_label(labels):
+        kept = labels.map(lambda names: [name for name in names if name not in dropped])
+        return index.assign(label=kept)[(kept.map(len) > 0) | (labels.map(len) == 0)]
+    return index[~labels.isin(dropped)]
+
+
+def _check_leaks(groups: Series, splits: dict[str, np.ndarray], arguments: DataArguments) -> np.ndarray:
+    held_out = set(groups.iloc[splits["validation"]]) | set(groups.iloc[splits["test"]])
+    train = splits["train"]
+    leaks = groups.iloc[train].isin(held_out).to_numpy()
+    if not leaks.any():
+        return train
+    logger.warning(
+        "%d training clips share a source recording (%s %s) with validation or test clips: %s.",
+        leaks.sum(),
+        arguments.group_column,
+        ", ".join(sorted(set(groups.iloc[train[leaks]]))),
+        "dropped from training" if arguments.drop_leaks else "kept; --drop_leaks drops them from training",
+    )
+    return train[~leaks] if arguments.drop_leaks else train

@@ -1,0 +1,195 @@
+"""The model card of a run."""
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+)
+
+from audio_dendrites.data import synthetic
+from audio_dendrites.files import written_whole
+from audio_dendrites.publishing.content import MODEL_FILES, REPORT_FILES, code_files, files_named, read_reports
+from audio_dendrites.recipes import SCORES
+from audio_dendrites.results.scores import score_names
+from audio_dendrites.results.tables import classes_table, markdown_table, scores_table
+
+FAMILY_NAMES = {
+    "audio-spectrogram-transformer": "Audio Spectrogram Transformer",
+    "mel-vit": "Vision Transformer on mel spectrograms",
+    "cnn14": "CNN14",
+}
+HYPERPARAMETERS = (
+    "learning_rate", "head_learning_rate", "layer_decay", "lr_scheduler_type", "warmup_steps", "optim",
+    "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "loss", "label_smoothing_factor", "distill_from", "balanced_sampling", "average_checkpoints", "ema_decay",
+    "early_stopping_patience", "unfreeze_last_layers", "precision", "seed", "max_length", "random_crop", "time_roll",
+    "filter_gain", "frequency_shift", "time_mask", "frequency_mask", "mixup_alpha", "noise", "patchout_time",
+    "patchout_frequency", "model_config", "pai",
+)  # fmt: skip
+
+
+def write_card(run: Path, template: Path) -> None:
+    """README.md of a finished run's folder, from what the folder holds."""
+    with written_whole(run / "README.md") as path:
+        path.write_bytes(run_card(run, str(run), template, files_of(run)))
+
+
+def run_card(
+    run: Path,
+    name: str,
+    template: Path,
+    files: Iterable[str],
+    other: str | None = None,
+    revision: str | None = None,
+) -> bytes:
+    """README.md of a finished run; beside the run the arguments are those of `model_card`."""
+    metrics, recipe, comparison = read_reports(run)
+    return model_card(metrics, recipe, template, name, {*files}, comparison, other, revision).encode()
+
+
+def files_of(run: Path) -> set[str]:
+    """Names of what a finished run's folder holds and may be published."""
+    return {path.name for path in files_named(run, (*MODEL_FILES, *REPORT_FILES, *code_files(run)))}
+
+
+def model_card(
+    metrics: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    template: Path,
+    name: str,
+    files: set[str],
+    comparison: Mapping[str, Any] | None = None,
+    other: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """README.md: what was measured, by a Jinja template; what was not measured is left out.
+
+    Args:
+        metrics: As in metrics.json; of a running training without `test`, and with `running`.
+        recipe: As in config.yaml.
+        template: Jinja template.
+        name: What `pipeline` loads: a Hub id, or the run folder.
+        files: Names of the files beside the card.
+        comparison: As in comparison.json.
+        other: Hub id of the checkpoint that this one is compared with.
+        revision: Commit that the example pins.
+    """
+    local = metrics.get("local", [])
+    dataset = None if metrics["dataset"] == "synthetic" or "dataset" in local else metrics["dataset"]
+    base_model = None if "base_model" in local else metrics["base_model"]
+    dendrites = metrics.get("dendrites")
+    remote_code = any(file.endswith(".py") for file in files)
+    urbansound8k = metrics["dataset"] != "synthetic" and (
+        "urbansound8k" in metrics["dataset"].lower() or set(metrics["labels"]) == set(synthetic.LABELS)
+    )
+    is_synthetic = metrics["dataset"] == "synthetic" and metrics["base_model"] is None
+    grown = any(dendrites["layers"].values()) if dendrites else False
+    architecture = metrics.get("architecture", "audio-spectrogram-transformer")
+    data = ModelCardData(
+        license="cc-by-nc-4.0" if urbansound8k else "apache-2.0" if is_synthetic else None,
+        library_name="transformers",
+        pipeline_tag="audio-classification",
+        tags=["audio-classification", architecture] + ["dendrites", "perforatedai"] * grown,
+        base_model=base_model,
+        datasets=None if dataset is None else [dataset],
+        metrics=["accuracy", "f1"] if not metrics.get("test") or "accuracy" in metrics["test"] else None,
+        model_name=Path(name).name if metrics.get("test") else None,  # belongs to the results
+        eval_results=_eval_results(metrics, recipe, "UrbanSound8K" if urbansound8k else metrics["dataset"]),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(template),
+        **{"test": None, "running": None} | dict(metrics),
+        code=sorted(file for file in files if file.endswith(".py")),
+        name=name,
+        title=Path(name).name,
+        files=files,
+        dataset_id=dataset,
+        base_model_id=base_model,
+        remote_code=remote_code,
+        urbansound8k=urbansound8k,
+        dendritic=dendrites,
+        grown=grown,
+        family=FAMILY_NAMES.get(architecture, architecture),
+        recipe=recipe,
+        results=scores_table(metrics),
+        classes=classes_table(metrics["test"]) if metrics.get("test") else None,
+        beside=_beside(comparison),
+        comparison=comparison,
+        other=other,
+        revision=revision,
+        hyperparameters={
+            field: recipe[field] for field in HYPERPARAMETERS if recipe.get(field) not in (None, False, 0)
+        },
+        duration=_duration(metrics["train_runtime"]) if "train_runtime" in metrics else None,
+        command_line=shlex.join(metrics["command"]) if "command" in metrics else None,
+        growth=_growth(dendrites),
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
+
+
+def _eval_results(metrics: Mapping[str, Any], recipe: Mapping[str, Any], dataset_name: str) -> list[EvalResult] | None:
+    """The `model-index`: the scores of the test folds."""
+    if (test := metrics.get("test")) is None:
+        return None
+    return [
+        EvalResult(
+            task_type="audio-classification",
+            task_name="Audio classification",
+            dataset_type=metrics["dataset"],
+            dataset_name=dataset_name,
+            dataset_split=recipe.get("dataset_split") or recipe["test_split"],
+            dataset_revision=None if "dataset" in metrics.get("local", []) else recipe.get("dataset_revision"),
+            dataset_args={"test_folds": test["folds"], "cross_validation": False},
+            metric_type=kind,
+            metric_name=metric_name,
+            metric_value=test[key],
+            metric_args=arguments,
+        )
+        for key, kind, metric_name, arguments in (
+            ("accuracy", "accuracy", "Accuracy", None),
+            ("macro_f1", "f1", "Macro F1", {"average": "macro"}),
+            ("mAP", "mAP", "Mean average precision", {"average": "macro"}),
+        )
+        if key in score_names(test)
+    ]
+
+
+def _beside(comparison: Mapping[str, Any] | None) -> str | None:
+    if comparison is None:
+        return None
+    sides = [comparison["baseline"], comparison["dendritic"]]
+    rows = [["", "baseline", "dendritic"]]
+    rows += [
+        [label, *(write(side[key]) for side in sides)]
+        for label, key, write in (
+            *((name, name, "{:.4f}".format) for name in SCORES),
+            ("parameters", "parameters", "{:,.0f}".format),
+            ("steps", "steps", lambda steps: " ".join(map(str, steps))),
+            ("seconds a step", "seconds_a_step", "{:.4f}".format),
+        )
+        if all(side.get(key) is not None for side in sides)
+    ]
+    return markdown_table(rows)
+
+
+def _growth(dendrites: Mapping[str, Any] | None) -> str | None:
+    if not dendrites or not dendrites["growth"]:
+        return None
+    rows = [
+        [entry["event"], entry["step"], f"{entry['metric']:.4f}", entry["dendrites"], f"{entry['parameters']:,}"]
+        for entry in dendrites["growth"]
+    ]
+    return markdown_table([["event", "step", "validation metric", "dendrites a layer", "parameters"], *rows])
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

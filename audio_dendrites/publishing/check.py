@@ -1,0 +1,56 @@
+"""Load a finished run folder with `pipeline` and compare its scores with the trained model's."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from pandas import DataFrame
+from scipy.special import expit, softmax
+from transformers import AudioClassificationPipeline, pipeline
+
+from audio_dendrites.data.audio import load_waveform
+from audio_dendrites.data.windows import classify, pipeline_windows
+from audio_dendrites.results.tables import markdown_table
+
+
+def check_pipeline(
+    folder: Path, clips: Dataset, audio_column: str, predictions: DataFrame, loss: str = "cross_entropy"
+) -> None:
+    """Load the folder as its users will, and see that it says of some clips what the trained model said.
+
+    Args:
+        folder: With the model and its feature extractor.
+        clips: Rows with the sound, not decoded, of `predictions`' clips; eight or so of them are heard.
+        audio_column: Where it is.
+        predictions: As `predictions_table` makes it.
+        loss: What the model was trained with: of bce the scores are the sigmoid, else the softmax.
+
+    Raises:
+        RuntimeError: The scores differ by more than 1e-3.
+    """
+    loaded = pipeline("audio-classification", model=str(folder), trust_remote_code=True)
+    rate, rows = loaded.feature_extractor.sampling_rate, range(0, len(clips), 1 + len(clips) // 9)
+    expected = predictions.iloc[rows]
+    names = list(loaded.model.config.id2label.values())
+    waveforms = [load_waveform(audio, rate) for audio in clips.with_format("arrow")[rows][audio_column].to_pylist()]
+    activate = expit if loss == "bce" else partial(softmax, axis=-1)
+    scores = np.stack([_pipeline_scores(loaded, waveform, activate) for waveform in waveforms])
+    difference = np.abs(scores - activate(np.stack(expected["logits"]))).max()
+    if not difference < 1e-3:
+        raise RuntimeError(f"{folder}: pipeline's scores are {difference:.2g} from those of the trained model")
+    rows = [["clip", "class", "pipeline says", "score"]]
+    rows += [
+        [clip, label if isinstance(label, str) else ", ".join(label), names[found.argmax()], float(found.max())]
+        for clip, label, found in zip(expected["clip"], expected["label"], scores, strict=True)
+    ]
+    print(f"\nLoaded by pipeline, scores within {difference:.1g}:\n{markdown_table(rows)}", flush=True)
+
+
+def _pipeline_scores(loaded: AudioClassificationPipeline, waveform: np.ndarray, activate: Callable) -> np.ndarray:
+    """Scores (classes,): of a clip that fits into the model's window those that the pipeline itself gives."""
+    if len(pipeline_windows(loaded, len(waveform))) > 1:
+        return activate(classify(loaded, waveform))
+    found = {answer["label"]: answer["score"] for answer in loaded(waveform, top_k=loaded.model.config.num_labels)}
+    return np.array([found[name] for name in loaded.model.config.id2label.values()])

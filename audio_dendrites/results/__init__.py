@@ -1,0 +1,1 @@
+"""Metrics, statistics, finished runs, tables and plots."""

@@ -1,0 +1,103 @@
+"""Pictures of a run folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas
+from matplotlib.figure import Figure
+from pandas import DataFrame
+from sklearn.metrics import ConfusionMatrixDisplay
+
+from audio_dendrites.data.splits import is_multi_label
+from audio_dendrites.files import written_whole
+from audio_dendrites.results.scores import score
+
+matplotlib.use("agg")
+
+
+def plot_classes(predictions: DataFrame, labels: Sequence[str], title: str, folder: Path, suffix: str = "") -> Path:
+    """The picture of a test: a confusion matrix or, for multi-label clips, the average precision of each class.
+
+    Args:
+        predictions: As `predictions_table` makes it.
+        labels: Class names in the order of the logits.
+        title: Over the picture.
+        folder: Where to.
+        suffix: Of the file's name.
+
+    Returns:
+        confusion_matrix<suffix>.png or average_precision<suffix>.png there.
+    """
+    multi_label = is_multi_label(predictions["label"])
+    path = folder / f"{'average_precision' if multi_label else 'confusion_matrix'}{suffix}.png"
+    (plot_average_precision if multi_label else plot_confusion)(predictions, labels, title, path)
+    return path
+
+
+def plot_average_precision(predictions: DataFrame, labels: Sequence[str], title: str, path: Path) -> None:
+    """A bar for each class that has clips, the best on top."""
+    per_class = score(predictions, labels)["per_class"]
+    ranked = sorted(per_class, key=lambda label: per_class[label]["average_precision"])
+    figure = Figure(figsize=(8, 1.5 + 0.22 * len(ranked)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(ranked, [per_class[label]["average_precision"] for label in ranked])
+    axes.set(title=title, xlabel="average precision", xlim=(0, 1))
+    axes.margins(y=0.01)
+    axes.grid(axis="x", alpha=0.3)
+    _save_figure(figure, path)
+
+
+def plot_confusion(predictions: DataFrame, labels: Sequence[str], title: str, path: Path) -> None:
+    """Confusion matrix in clips, rows the true class, shaded by the share of the row."""
+    size = 2.5 + 0.5 * len(labels)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot()
+    display = ConfusionMatrixDisplay.from_predictions(
+        predictions["label"], predictions["predicted"], labels=list(labels), normalize="true", ax=axes,
+        cmap="Blues", include_values=False, colorbar=False, xticks_rotation=45,
+    )  # fmt: skip
+    display.im_.set_clim(0, 1)
+    counts = pandas.crosstab(predictions["label"], predictions["predicted"]).reindex(
+        index=labels, columns=labels, fill_value=0
+    )
+    for (row, column), count in np.ndenumerate(counts.to_numpy()):
+        if count:
+            colour = "white" if display.confusion_matrix[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour)
+    axes.set_xticklabels(labels, rotation=45, ha="right")
+    axes.set(title=title, xlabel="predicted", ylabel="true")
+    _save_figure(figure, path)
+
+
+def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
+    """Training and validation loss, the validation metric that chooses the checkpoint, and the learning rate, by epoch.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+        metric: Name of the metric, without "eval_".
+        path: PNG file.
+    """
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    losses, scores, rates = figure.subplots(1, 3)
+    for axes, key, label in (
+        (losses, "loss", "training"),
+        (losses, "eval_loss", "validation"),
+        (scores, f"eval_{metric}", "validation"),
+        (rates, "learning_rate", None),
+    ):
+        points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if key.startswith("eval") else None, label=label)
+    for axes, title in ((losses, "loss"), (scores, metric), (rates, "learning rate")):
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+    losses.legend()
+    _save_figure(figure, path)
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
+    with written_whole(path) as beside:
+        figure.savefig(beside, dpi=150, format="png")

@@ -1,0 +1,151 @@
+"""What a run leaves beside its model: metrics.json, predictions.parquet, plots, tables.
+
+Everything here is made from arrays and the Trainer's log; a run folder is enough to make it again.
+"""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pandas import DataFrame
+from transformers import Trainer
+
+from audio_dendrites.data.clips import is_local
+from audio_dendrites.files import written_whole
+from audio_dendrites.recipes import SCORES, Recipe
+from audio_dendrites.results.plots import plot_classes, plot_learning_curves
+from audio_dendrites.results.scores import score
+from audio_dendrites.results.tables import classes_table, scores_table
+
+TOKEN_OPTION = r"--\w+[_-]token"
+PACKAGES = ("torch", "torchaudio", "transformers", "datasets", "accelerate", "evaluate")
+
+
+def write_run(
+    folder: Path,
+    recipe: Recipe,
+    trainer: Trainer,
+    labels: Sequence[str],
+    predictions: dict[str, DataFrame],
+    skipped: Sequence[str],
+) -> None:
+    """Write plots, predictions.parquet and, last, metrics.json: a folder that has it is complete.
+
+    Args:
+        folder: The run folder.
+        recipe: As resolved.
+        trainer: After the training.
+        labels: Class names in the order of the logits.
+        predictions: `predictions_table` of the splits validation and test.
+        skipped: What was wrong with the clips that were left out.
+    """
+    metrics = run_metrics(recipe, trainer, labels, predictions, skipped)
+    # The picture may be published: of a local data set it shows the name, not where it lies.
+    dataset = Path(recipe.data.dataset).name if "dataset" in metrics["local"] else recipe.data.dataset
+    title = f"{dataset}, test fold {' '.join(recipe.data.folds['test'])}"
+    plot_classes(predictions["test"], labels, title, folder)
+    plot_learning_curves(trainer.state.log_history, trainer.args.metric_for_best_model, folder / "learning_curves.png")
+    with written_whole(folder / "predictions.parquet") as path:
+        predictions["test"].to_parquet(path, index=False)
+    with written_whole(folder / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run folder is complete."""
+    return (folder / "metrics.json").exists()
+
+
+def print_summary(folder: Path) -> None:
+    """Show the scores of a finished run on the terminal."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    print(f"\n{scores_table(metrics)}\n\n{classes_table(metrics['test'])}\n\nRun folder: {folder}", flush=True)
+
+
+def run_metrics(
+    recipe: Recipe, trainer: Trainer, labels: Sequence[str], predictions: dict[str, DataFrame], skipped: Sequence[str]
+) -> dict[str, Any]:
+    """What metrics.json holds: scores of both splits, size and length of the training, and where it ran."""
+    state = trainer.state
+    timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
+    return {
+        **run_facts(recipe, trainer, labels),
+        **{split: score(table, labels) | {"folds": recipe.data.folds[split]} for split, table in predictions.items()},
+        "best_step": state.best_global_step if recipe.training.load_best_model_at_end else None,
+        "averaged_steps": getattr(trainer, "averaged_steps", []),  # else the best step's weights are the final ones
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        # Of the last stretch, if the run was interrupted.
+        **{key: timing[key] for key in ("train_runtime", "train_steps_per_second", "train_samples_per_second")},
+        "skipped": list(skipped),
+    }
+
+
+def running_metrics(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
+    """What can be said of a training that is not over: its last evaluation, and how far it is."""
+    state = trainer.state
+    facts = run_facts(recipe, trainer, list(trainer.model.config.id2label.values()))
+    found = facts | {"running": {"step": state.global_step, "max_steps": state.max_steps}}
+    log = next((log for log in reversed(state.log_history) if "eval_mAP" in log), None)
+    if log is not None:
+        scores = {name: log[f"eval_{name}"] for name in SCORES if f"eval_{name}" in log}
+        found["validation"] = scores | {"clips": len(trainer.eval_dataset), "folds": recipe.data.folds["validation"]}
+    return found
+
+
+def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[str, Any]:
+    """What is known of a run before it ends: where model and data come from, their size, and where it runs."""
+    sources = {
+        "dataset": recipe.data.dataset,
+        "base_model": recipe.model.model,
+        "teacher": recipe.training.distill_from,
+    }
+    parameters = list(trainer.model.parameters())
+    config = trainer.model.config
+    grower = getattr(trainer, "pai_callback", None)  # counts what the model computes with, without scaffolding
+    return {
+        **sources,
+        "architecture": getattr(config, "backbone", config).model_type,
+        "local": [name for name, source in sources.items() if is_local(source)],
+        "labels": list(labels),
+        "sampling_rate": trainer.processing_class.sampling_rate,
+        "chosen_by": recipe.training.metric_for_best_model if recipe.training.load_best_model_at_end else None,
+        "parameters": grower.parameters(trainer.model)
+        if grower is not None and grower.active
+        else sum(parameter.numel() for parameter in parameters),
+        "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "dendrites": grower.summary(trainer.model) if grower is not None and grower.active else None,
+        "precision": recipe.training.precision,
+        "processes": recipe.training.world_size,
+        "command": ["train.py", *_without_tokens(sys.argv[1:])],
+        "environment": environment(trainer.args.device),
+    }
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the run computed with: versions, processor or GPU, and the commit of this code; no host or user name."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    found = {"hardware": hardware, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return found | ({"commit": git.stdout.strip()} if git.returncode == 0 else {})
+
+
+def _without_tokens(words: Sequence[str]) -> list[str]:
+    """A command line where the values of options such as --hub_token are left out."""
+    hidden, before = [], ""
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if re.fullmatch(TOKEN_OPTION, before) and not word.startswith("--"):
+            hidden.append("…")
+        else:
+            hidden.append(f"{option}=…" if equals and re.fullmatch(TOKEN_OPTION, option) else word)
+        before = word
+    return hidden

@@ -1,0 +1,42 @@
+"""Scores as Markdown tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from audio_dendrites.results.scores import score_names
+
+
+def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows, the first one the header, as an aligned Markdown table; numbers to the right with four digits."""
+    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [not isinstance(cell, str) for cell in rows[-1]]
+    rule = ["-" * (width - is_right) + ":" * is_right for width, is_right in zip(widths, right, strict=True)]
+    lines = [
+        [
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(row, widths, right, strict=True)
+        ]
+        for row in cells
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def scores_table(metrics: Mapping[str, Any]) -> str | None:
+    """The scores of the splits that there are, as a Markdown table."""
+    splits = [split for split in ("validation", "test") if metrics.get(split)]
+    if not splits:
+        return None
+    names = score_names(metrics[splits[0]])
+    rows = [["split", "folds", "clips", *names]]
+    for split in splits:
+        scores = metrics[split]
+        rows.append([split, " ".join(scores["folds"]), scores["clips"], *(scores[name] for name in names)])
+    return markdown_table(rows)
+
+
+def classes_table(test: Mapping[str, Any]) -> str:
+    """The scores of each class in the test, as a Markdown table."""
+    columns = ("clips", "accuracy", "f1") if "accuracy" in test else ("positives", "average_precision")
+    rows = [[label, *(scores[column] for column in columns)] for label, scores in test["per_class"].items()]
+    return markdown_table([["class", *columns], *rows])

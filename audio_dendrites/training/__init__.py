@@ -1,0 +1,1 @@
+"""The Trainer, its checkpoints, averages and losses."""

@@ -1,0 +1,142 @@
+"""Checkpoints of a run folder: which one resumes a training, and whether the folder is this run's."""
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from audio_dendrites.errors import UserError
+from audio_dendrites.publishing import hub
+from audio_dendrites.recipes import Recipe, parse_recipe
+
+logger = logging.getLogger(__name__)
+
+# Fields that may differ between a run and its resumption.
+CHANGE_NO_RESULT = {
+    "dataloader_num_workers", "disable_tqdm", "logging_first_step", "logging_steps", "logging_strategy", "log_level",
+    "output_dir", "preprocessing_num_workers", "report_to", "resume_from_checkpoint", "run_name", "save_total_limit",
+    "push_to_hub", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy",
+}  # fmt: skip
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint does not hold just the tensors of the model."""
+
+
+def check_run_folder(recipe: Recipe, model: nn.Module) -> None:
+    """Find out before the training whether the run folder is this run's, can be written and will hold the checkpoints.
+
+    Raises:
+        UserError: The folder holds a run of another recipe, there is no permission to write, or the disk is too full.
+    """
+    folder, args = Path(recipe.training.output_dir), recipe.training
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            disk = shutil.disk_usage(folder)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {folder} cannot be written ({error.strerror}); choose another --output_dir"
+        ) from error
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    # A checkpoint holds the weights, their moving average if there is one, and Adam's two moments; one more than the
+    # limit exists while the oldest is deleted.
+    checkpoint = weights * (1 if args.ema_decay is None else 2) + 2 * trained
+    wanted = weights + ((args.save_total_limit or 1) + 1) * checkpoint
+    if disk.free < wanted:
+        raise UserError(
+            f"output_dir: the disk of {folder} has {disk.free / 1e9:.2f} GB left, the run needs about "
+            f"{wanted / 1e9:.2f} GB; free some, choose another --output_dir, or keep fewer with --save_total_limit 1"
+        )
+    holds_run = (folder / "metrics.json").exists() or last_checkpoint(folder)
+    if holds_run and args.resume_from_checkpoint is None and (changed := _changes(recipe, folder / "config.yaml")):
+        raise UserError(
+            f"output_dir: {folder} holds a run of another recipe: {'; '.join(changed)}. Choose another --output_dir, "
+            f"delete that one, or go on from it all the same with --resume_from_checkpoint {folder}/checkpoint-…"
+        )
+
+
+def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
+    """The checkpoint to go on from: the one the recipe names, else the newest complete one of its run folder.
+
+    One that is named by a Hub id is fetched into the run folder.
+
+    Raises:
+        UserError: The one named does not exist, is not complete, or is of other classes.
+    """
+    if args.resume_from_checkpoint is None:
+        folder = last_checkpoint(Path(args.output_dir))
+        if folder is None:
+            return None
+        logger.info("Checkpoint found, resuming from %s.", folder)
+        return str(folder)
+    folder = Path(args.resume_from_checkpoint)
+    if not folder.exists() and re.fullmatch(HUB_ID, args.resume_from_checkpoint):
+        with args.main_process_first(desc="fetching the checkpoint"):
+            folder = hub.fetch_checkpoint(
+                args.resume_from_checkpoint, Path(args.output_dir), args.hub_token, args.local_process_index == 0
+            )
+    if fault := _fault(folder):
+        raise UserError(f"resume_from_checkpoint: {folder}: {fault}")
+    classes = list(json.loads((folder / "config.json").read_text())["id2label"].values())
+    if classes != labels:
+        raise UserError(
+            f"resume_from_checkpoint: {folder} was trained on {len(classes)} classes ({', '.join(classes)}), "
+            f"the recipe has {len(labels)} ({', '.join(labels)}); --model {folder} starts from its weights"
+        )
+    return str(folder)
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder; one that a kill left half-written is passed over and named."""
+    return next(whole_checkpoints(output_dir), None)
+
+
+def whole_checkpoints(output_dir: Path) -> Iterator[Path]:
+    """The complete checkpoints of a run folder, newest first; others are passed over and named."""
+    folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        if fault := _fault(folder):
+            logger.warning("Checkpoint %s is passed over: %s.", folder, fault)
+        else:
+            yield folder
+
+
+def _changes(recipe: Recipe, saved: Path) -> list[str]:
+    """What the recipe has otherwise than the saved one, of the fields that change a result."""
+    if not saved.exists():
+        return [f"which one is not known, as {saved} is missing"]
+    defaults = parse_recipe([]).to_dict()  # of what one of them leaves out, perhaps because it is older than the field
+    then, now = defaults | yaml.safe_load(saved.read_text(encoding="utf-8")), defaults | recipe.to_dict()
+    return [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted((then.keys() | now.keys()) - CHANGE_NO_RESULT)
+        if then.get(key) != now.get(key)
+    ]
+
+
+def _fault(folder: Path) -> str | None:
+    """What a checkpoint lacks to be resumed from; the Trainer writes `trainer_state.json` last."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+        with safe_open(folder / "model.safetensors", framework="pt"):
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        return f"it was not written to its end ({error})"
+    random_states = list(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
+    for path in (folder / "optimizer.pt", folder / "scheduler.pt", *random_states):
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is missing or not whole"
+    return None

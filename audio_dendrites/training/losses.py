@@ -1,0 +1,82 @@
+"""The losses of single-label, multi-label and distilled training."""
+
+import torch
+from torch import nn
+
+from audio_dendrites.errors import UserError
+from audio_dendrites.recipes import RunArguments
+
+
+def resolve_loss(args: RunArguments, multi_label: bool) -> str:
+    """The loss that `auto` stands for.
+
+    Args:
+        args: With `loss`.
+        multi_label: Whether clips have lists of labels.
+
+    Returns:
+        cross_entropy or bce.
+
+    Raises:
+        UserError: The loss cannot be had for such labels or with label smoothing, or the metric that chooses the
+            checkpoint cannot.
+    """
+    loss = args.loss if args.loss != "auto" else "bce" if multi_label else "cross_entropy"
+    if multi_label and loss == "cross_entropy":
+        raise UserError("loss: found cross_entropy, but the clips have lists of labels: wanted bce or auto")
+    args.check_loss(loss)
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
+    if multi_label and metric in ("accuracy", "macro_f1"):
+        raise UserError(f"metric_for_best_model: found {metric}, wanted mAP or loss: the clips have lists of labels")
+    return loss
+
+
+def distilled_labels(labels: torch.Tensor, logits: torch.Tensor, share: float, loss: str) -> torch.Tensor:
+    """Labels into which the scores of a teacher are mixed (Hinton et al. 2015, arXiv:1503.02531, at temperature 1).
+
+    As the cross-entropies are linear in the labels, the loss is the mean of that of the labels and that of the scores.
+
+    Args:
+        labels: Class numbers (batch,), or 0 to 1 (batch, classes).
+        logits: The teacher's, (batch, classes).
+        share: Of the scores, from 0 to 1.
+        loss: cross_entropy, where scores are the softmax, or bce, where they are the sigmoids.
+
+    Returns:
+        (batch, classes), float32.
+    """
+    logits = logits.float()
+    scores = logits.sigmoid() if loss == "bce" else logits.softmax(-1)
+    hard = nn.functional.one_hot(labels, logits.shape[1]) if labels.dim() == 1 else labels
+    return torch.lerp(hard.float(), scores, share)
+
+
+def classification_loss(
+    outputs,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+    loss: str = "cross_entropy",
+) -> torch.Tensor:
+    """Cross-entropy, or the binary one averaged over the classes; averaged over the clips of an optimizer step.
+
+    Args:
+        outputs: With `logits`, (batch, classes).
+        labels: Class numbers (batch,) or, after mixup or for multi-label clips, 0 to 1 (batch, classes).
+        num_items_in_batch: Entries of `labels` in all micro-batches and processes of the step, as the Trainer counts
+            them; none averages over this batch.
+        label_smoothing: Share of the probability spread over all classes (Szegedy et al. 2016, arXiv:1512.00567); of
+            the cross-entropy alone.
+        loss: cross_entropy, or bce: each class against the rest, as AST's authors train AudioSet and Speech Commands.
+
+    Returns:
+        The loss, a float32 scalar.
+    """
+    logits = outputs.logits.float()
+    clips = len(labels) if num_items_in_batch is None else num_items_in_batch / labels[0].numel()
+    if loss == "bce":
+        targets = nn.functional.one_hot(labels, logits.shape[1]).float() if labels.dim() == 1 else labels
+        summed = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / logits.shape[1]
+    else:
+        summed = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+    return summed / clips
