@@ -28,9 +28,9 @@ WORKDIR /app
 
 # The libraries depend on these files alone, so a change of the code does not install them again.
 COPY Makefile pyproject.toml requirements.txt README.md LICENSE ./
+COPY audio_dendrites/__init__.py audio_dendrites/
 RUN --mount=type=cache,target=/root/.cache/uv \
-    mkdir -p audio_dendrites \
-    && ${TORCH_BACKEND:+env UV_TORCH_BACKEND="$TORCH_BACKEND"} make install
+    ${TORCH_BACKEND:+env UV_TORCH_BACKEND="$TORCH_BACKEND"} make install
 
 COPY . .
 
