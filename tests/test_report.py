@@ -1,14 +1,19 @@
 import json
+import platform
+import shutil
+import subprocess
 
 import evaluate
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 from pandas import DataFrame
 from transformers.trainer_utils import PredictionOutput
 
 from audio_dendrites.results.metrics import Accuracy, MacroF1, MeanAveragePrecision, PerClassAccuracy
 from audio_dendrites.results.plots import plot_confusion, plot_learning_curves
+from audio_dendrites.results.report import commit_of, environment
 from audio_dendrites.results.scores import predictions_table, score
 from audio_dendrites.results.tables import markdown_table
 
@@ -90,3 +95,33 @@ def test_plots_are_pictures_with_something_on_them(tmp_path):
         picture = imread(tmp_path / name)
         assert min(picture.shape[:2]) > 300 and picture.std() > 0.05
     assert len(list(tmp_path.iterdir())) == 2  # nothing half-written is left
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_the_device_is_named_truthfully(device):
+    assert environment(torch.device(device))["hardware"] == f"{device.upper()} ({platform.machine()})"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_is_that_of_the_clone_and_not_of_a_repository_around_it(tmp_path, monkeypatch):
+    (tmp_path / "site-packages").mkdir()
+    identity = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for command in (["init", "--quiet"], [*identity, "commit", "--quiet", "--allow-empty", "--message", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert len(found := commit_of(tmp_path)) >= 7 and head.startswith(found)
+    assert commit_of(tmp_path / "site-packages") is None
+    monkeypatch.setenv("PATH", "")
+    assert commit_of(tmp_path) is None
+
+
+def test_the_commit_of_an_installation_is_known_without_git(tmp_path, monkeypatch):
+    notes = tmp_path / "audio_dendrites-0.1.0.dist-info"  # as pip writes it after `pip install git+https://…`
+    notes.mkdir()
+    (notes / "METADATA").write_text("Metadata-Version: 2.1\nName: audio-dendrites\nVersion: 0.1.0\n")
+    origin = {"url": "https://example.org/x.git", "vcs_info": {"vcs": "git", "commit_id": "0123abc"}}
+    (notes / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert commit_of(tmp_path) == "0123abc"
+    assert commit_of(tmp_path / "clone") is None

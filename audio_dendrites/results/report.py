@@ -3,13 +3,15 @@
 Everything here is made from arrays and the Trainer's log; a run folder is enough to make it again.
 """
 
+import contextlib
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +132,34 @@ def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[s
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What the run computed with: versions, processor or GPU, and the commit of this code; no host or user name."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    """What the run computed with: device, versions and the commit of this code, but no name of the host or user."""
+    name_of = getattr(torch.get_device_module(device), "get_device_name", None)  # CPU and MPS have none
+    hardware = name_of(device) if name_of else f"{device.type.upper()} ({platform.machine()})"
     found = {"hardware": hardware, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    return found | ({"commit": git.stdout.strip()} if git.returncode == 0 else {})
+    commit = commit_of(Path(__file__).resolve().parents[2])
+    return found | ({"commit": commit} if commit else {})
+
+
+def commit_of(root: Path) -> str | None:
+    """The commit of the code below a folder, or None if neither pip nor git knows it.
+
+    Args:
+        root: The folder that holds `audio_dendrites`: a clone, or site-packages after `pip install git+https://…`.
+    """
+    with contextlib.suppress(PackageNotFoundError):
+        installed = distribution("audio-dendrites")
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
+        if "vcs_info" in origin and Path(installed.locate_file("audio_dendrites")).resolve().parent == root:
+            return origin["vcs_info"]["commit_id"]
+    # A repository around site-packages is another project's.
+    only_here = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, env=only_here, capture_output=True, text=True
+        )
+    except OSError:  # git is not installed
+        return None
+    return git.stdout.strip() or None
 
 
 def _without_tokens(words: Sequence[str]) -> list[str]:
