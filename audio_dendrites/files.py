@@ -1,7 +1,8 @@
-"""Write files whole, and say what to do when the disk fails."""
+"""Write files whole and readable, and say what to do when the disk fails."""
 
-import contextlib
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,31 +11,56 @@ from safetensors import SafetensorError
 
 from audio_dendrites.errors import UserError
 
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+# torch.save reports a failed write without its cause.
+TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 
-@contextlib.contextmanager
+
+@contextmanager
 def writing_to(folder: str | Path) -> Iterator[None]:
-    """Turn what libraries raise when the disk is full or fails into an error that says how to go on.
+    """Turn an error of the disk into one that says how to continue. Every other exception passes unchanged.
 
     Raises:
-        UserError: Something could not be written.
+        UserError: The disk is full, read-only or broken, or a quota is used up.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error):  # torch.save's way to say so
+        if not _is_disk_error(error):
             raise
         raise UserError(
-            f"writing to {folder} failed: {error}. Free some of the disk; the same command goes on from the last "
-            f"checkpoint"
+            f"writing to {folder} failed: {error}. Free space on the disk or repair it, then run the same command "
+            f"again: it continues from the last checkpoint"
         ) from error
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed when done: `path` is never seen half-written."""
+    """Yield a path beside `path` to write to, and rename it in the end: `path` is never half-written."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield beside
+        set_default_mode(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def set_default_mode(*paths: Path) -> None:
+    """Give files the permissions that the umask gives a new file. safetensors creates files with mode 0600."""
+    for path in paths:
+        probe = path.with_name(f".mode.{os.getpid()}")  # os.umask would change the umask of all threads
+        try:
+            probe.touch()
+            path.chmod(probe.stat().st_mode)
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def _is_disk_error(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in DISK_ERRORS
+    if isinstance(error, SafetensorError):
+        code = re.search(r"os error (\d+)", str(error))
+        return code is not None and int(code[1]) in DISK_ERRORS
+    return type(error) is RuntimeError and any(text in str(error) for text in TORCH_SAVE_ERRORS)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from audio_dendrites.data.features import Waveforms
+from audio_dendrites.files import set_default_mode
 from audio_dendrites.models.cnn14 import CNN14Config
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
 
@@ -115,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     waveforms = Waveforms(config.sampling_rate, 0, 0, config.hop_length, config.num_mel_bins, config.mean, config.std)
     model.save_pretrained(options.folder)
     waveforms.stock().save_pretrained(options.folder)
+    set_default_mode(*options.folder.glob("*.safetensors"))
     print(f"{options.folder}: CNN14, {config.sampling_rate} Hz, {config.num_labels} classes")
 
 

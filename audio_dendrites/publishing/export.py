@@ -13,6 +13,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import ASTForAudioClassification, FeatureExtractionMixin, PreTrainedModel
 
+from audio_dendrites.files import set_default_mode
 from audio_dendrites.models.dendritic import (
     ACTIVATIONS,
     LAYERS,
@@ -35,13 +36,13 @@ def export_dendritic(
 ) -> None:
     """Write a model with dendrites as a folder for `from_pretrained(..., trust_remote_code=True)` and `pipeline`.
 
-    A model on which nothing has grown is written as the plain one it is. Every file is written in a folder beside and
+    A model on which nothing has grown is written as a plain one. Every file is written to a temporary folder and then
     renamed, so that no half-written model replaces a whole one.
 
     Args:
         model: As in `dendritic_copy`.
-        folder: Made if it is missing; other files in it stay.
-        feature_extractor: Written with the model, if given.
+        folder: Created if it is missing. Other files in it are kept.
+        feature_extractor: Written beside the model, if given.
         activation: As in `dendritic_copy`.
 
     Raises:
@@ -54,6 +55,7 @@ def export_dendritic(
         exported.save_pretrained(beside)
         if feature_extractor is not None:
             feature_extractor.save_pretrained(beside)
+        set_default_mode(*Path(beside).iterdir())
         for path in Path(beside).iterdir():
             os.replace(path, folder / path.name)
 
