@@ -1,11 +1,11 @@
-"""What the launchers leave undone in a process that trains."""
+"""Set up a process that trains: its logging, its threads and its arithmetic."""
 
 import logging
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import joblib
-import psutil
 import torch
 from transformers import TrainingArguments
 
@@ -15,35 +15,55 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_process(args: TrainingArguments) -> None:
-    """What the launchers leave undone: say where fewer processes run than were asked for; on the CPU, use its cores.
+    """Let only the first process log, check that the processes know each other, and use all cores of a CPU.
 
-    `accelerate launch --cpu --num_processes 2` starts one process without a word, and any launch on the CPU gives a
-    process one thread. `OMP_NUM_THREADS` above 1 is somebody's wish and stays.
+    Every launcher gives a process on the CPU one thread. A value of `OMP_NUM_THREADS` above 1 is kept.
+
+    Raises:
+        UserError: A launcher started several processes, but each of them sees only itself.
     """
     if args.process_index:
-        logging.getLogger("audio_dendrites").setLevel(logging.ERROR)  # the first process says it for all
-    asked = int(os.environ["SLURM_NTASKS"]) if "SLURM_PROCID" in os.environ else 1
-    for process in psutil.Process().parents():
-        command = process.cmdline()
-        if "launch" in command and any(Path(word).name.startswith("accelerate") for word in command[:3]):
-            asked = max([asked, *_num_processes(command)])
-    if (started := int(os.environ.get("WORLD_SIZE", 1))) > args.world_size:
+        logging.getLogger("audio_dendrites").setLevel(logging.ERROR)
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > args.world_size:
         raise UserError(
-            f"{started} processes were started, but each takes itself for the only one and would write the same run "
-            f"folder; on the CPU of a machine with a GPU add --use_cpu"
+            f"{started} processes were started, but each of them sees only itself and would write the same run "
+            f"folder. On the CPU of a machine with a GPU, add --use_cpu"
         )
-    if asked > args.world_size:
+    if args.world_size == 1 and _several_were_requested():
         logger.warning(
-            "%d processes were asked for, %d runs: on the CPU start them with `torchrun --standalone --nproc_per_node "
-            "%d train.py …` or `accelerate launch --config_file configs/accelerate/two_cpu.yaml train.py …`.",
-            asked, args.world_size, asked,
-        )  # fmt: skip
+            "Several processes were requested, but only one is running. On the CPU, start them with `torchrun "
+            "--standalone --nproc_per_node 2 train.py …` or `accelerate launch --config_file "
+            "configs/accelerate/two_cpu.yaml train.py …`."
+        )
     if args.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def _num_processes(command: list[str]) -> list[int]:
-    words = [part for word in command for part in word.split("=", 1)]
-    return [
-        int(words[i + 1]) for i, word in enumerate(words[:-1]) if word.lstrip("-").replace("-", "_") == "num_processes"
-    ]
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Multiply float32 numbers in full precision.
+
+    On Ampere and newer GPUs, cuDNN convolutions use TF32 by default, which rounds the factors to 10 bits of mantissa.
+    """
+    operations = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [operation.fp32_precision for operation in operations]
+    try:
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision
+
+
+def _several_were_requested() -> bool:
+    """Whether the environment says that a launcher was to start several processes.
+
+    `accelerate launch --cpu --num_processes 2` sets an address for the processes to meet, but no WORLD_SIZE, and starts
+    one process. Each task of srun is a process of its own.
+    """
+    found = os.environ.keys()
+    by_accelerate = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= found and "WORLD_SIZE" not in found
+    by_srun = "SLURM_PROCID" in found and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    return by_accelerate or by_srun
