@@ -75,7 +75,9 @@ def fold_recipes(
         split = ["--train_folds", *rest, "--validation_folds", after, "--test_folds", fold]
         split += ["--load_best_model_at_end", "false"] if last else []
         for seed in seeds or [recipe.training.seed]:
-            own = ["--seed", str(seed), "--output_dir", str(folder / f"fold-{fold}-seed-{seed}")]
+            name = f"fold-{fold}-seed-{seed}"
+            own = ["--seed", str(seed), "--output_dir", str(folder / name)]
+            own += ["--run_name", f"{recipe.training.run_name}-{name}"]
             found.append(parse_recipe([*arguments, *split, *own]))
     return found
 

@@ -69,7 +69,7 @@ def train(recipe: Recipe) -> None:
         model.config.problem_type = "multi_label_classification"  # so that `pipeline` takes the sigmoid
     check_run_folder(recipe, model)
     if is_finished(folder) and args.resume_from_checkpoint is None:
-        return print_summary(folder)
+        return print_summary(folder) if args.process_index == 0 else None
     checkpoint = find_checkpoint(args, labels)
     teacher = args.distill_from and load_teacher(args.distill_from, labels, extractor, loss)
 
@@ -128,11 +128,12 @@ def train(recipe: Recipe) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
     predictions = {}
-    for split in ("validation", "test"):  # as `pipeline` will see them: exact features, fp32
+    for split, prefix in {"validation": "eval", "test": "test"}.items():
         rows = splits[split]
         exact = ExactFeatures(clips.select(rows), targets[split], extractor, recipe.data.audio_column)
-        output = trainer.predict_in_fp32(in_windows[split](exact))
+        output = trainer.predict_in_fp32(in_windows[split](exact), prefix)
         predictions[split] = predictions_table(index.iloc[rows], output, labels)
+    trainer.end_tracking()
     if trainer.is_world_process_zero():
         with writing_to(folder):
             export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)

@@ -406,6 +406,7 @@ class RunArguments(TrainingArguments):
         # TrainingArguments refuses bf16 without a GPU unless it is told that the CPU is meant.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        self.run_name = self.run_name or default_hub_model_id(self.output_dir)
         if self.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
             raise UserError("hub_strategy: found all_checkpoints, wanted end, every_save or checkpoint")
         if self.push_to_hub and self.hub_model_id is None:
@@ -466,6 +467,7 @@ class Recipe:
         """The same recipe without dendrites, in a run folder beside."""
         training = copy.copy(self.training)
         training.output_dir = f"{training.output_dir}_baseline"
+        training.run_name = f"{training.run_name}_baseline"
         training.resume_from_checkpoint = None  # the one named has dendrites
         training.hub_model_id = training.hub_model_id and f"{training.hub_model_id}-baseline"
         return dataclasses.replace(self, dendrites=DendriteArguments(), training=training)
@@ -607,7 +609,7 @@ def default_output_dir(path: Path | None) -> str:
 
 
 def default_hub_model_id(output_dir: str) -> str:
-    """urbansound8k-ast for runs/urbansound8k/ast: a run folder has a repository of its own, with the token's owner."""
+    """The name of a run for the Hub and for trackers: urbansound8k-ast for runs/urbansound8k/ast."""
     parts = Path(output_dir).parts
     name = "-".join(parts[parts.index("runs") + 1 :] if "runs" in parts[:-1] else parts[-1:])
     return re.sub(r"[^\w.]+", "-", re.sub(r"\.{2,}", ".", name)).strip("-.")

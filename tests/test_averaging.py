@@ -111,7 +111,7 @@ def test_a_run_killed_before_its_average_ends_with_the_same(run):
 
 def test_fewer_checkpoints_than_asked_for_are_said(run, caplog):
     folder = run(average_checkpoints=3, save_strategy="epoch", eval_strategy="epoch")
-    assert "average_checkpoints: 3 asked for, 2 saved." in caplog.text
+    assert "average_checkpoints: 3 requested, 2 saved." in caplog.text
     assert metrics_of(folder)["averaged_steps"] == [2, 4]
 
 
@@ -151,7 +151,7 @@ def test_a_model_that_grows_is_averaged_since_its_last_growth(run, caplog):
     assert 0 < growth < 3
     steps = list(range(growth + 1, 5))
     assert metrics_of(folder)["averaged_steps"] == steps
-    assert f"4 asked for, {len(steps)} saved since the last growth (step {growth})" in caplog.text
+    assert f"4 requested, {len(steps)} saved since the last growth (step {growth})" in caplog.text
     exported = load_file(folder / "model.safetensors")
     states = [checkpoint(folder, step) for step in steps]
     norm = "audio_spectrogram_transformer.layernorm.weight"

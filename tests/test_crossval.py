@@ -1,6 +1,7 @@
 """crossval.py: every fold once, finished runs kept, results put together."""
 
 import json
+import sqlite3
 from importlib.util import find_spec
 
 import pandas
@@ -51,6 +52,26 @@ def test_every_fold_is_tested_once_and_a_finished_run_is_kept(recipe, tmp_path, 
         in capsys.readouterr().out
     )
     assert (tmp_path / "runs" / "confusion_matrix_baseline.png").exists()
+
+
+def test_every_run_has_its_own_run_in_each_tracker(recipe, tmp_path, monkeypatch):
+    for package in ("wandb", "trackio"):
+        pytest.importorskip(package, reason=f"{package} is not installed; `pip install {package}` brings it")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    for module in ("trackio.utils", "trackio.sqlite_storage"):
+        monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path / "trackio")
+    path = recipe(report_to=["wandb", "trackio", "tensorboard"], output_dir=str(tmp_path / "runs" / "tones"))
+    crossval.main([path, "--folds", "1", "2"])
+    names = ["tones-fold-1-seed-42", "tones-fold-2-seed-42"]
+    records = [file.read_bytes() for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))]
+    assert [[name for name in names if name.encode() in record] for record in records] == [[name] for name in names]
+    with sqlite3.connect(tmp_path / "trackio" / "huggingface.db") as database:
+        rows = database.execute("SELECT DISTINCT run_name, run_id FROM metrics ORDER BY run_name").fetchall()
+        scores = database.execute("SELECT metrics FROM metrics WHERE run_name = ?", names[:1]).fetchall()
+    assert [name for name, _ in rows] == names
+    assert sum("test/accuracy" in json.loads(row) for (row,) in scores) == 1
+    assert all(len(list(tmp_path.glob(f"runs/tones/{name[6:]}/tensorboard/events.*"))) == 1 for name in names)
 
 
 def test_with_last_all_other_folds_train_and_none_chooses(recipe, tmp_path):

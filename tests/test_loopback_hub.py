@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 
-import httpx2
 import pytest
 from conftest import ROOT
 from hub.server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, Fault, Hub
@@ -27,6 +26,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import httpx
 
 WEIGHTS = os.urandom(300_000)
 
@@ -164,9 +164,9 @@ def test_listings_go_on_over_several_pages(hub, api):
 def test_ranges(hub, asked, expected):
     hub.commit("me/model", {"model.safetensors": WEIGHTS})
     url = f"{hub.url}/me/model/resolve/main/model.safetensors"
-    answer = httpx2.get(url, headers={"Range": asked}, trust_env=False)
+    answer = httpx.get(url, headers={"Range": asked}, trust_env=False)
     assert (answer.status_code, answer.content) == (expected[0], WEIGHTS[expected[1]])
-    whole = httpx2.head(url, trust_env=False)
+    whole = httpx.head(url, trust_env=False)
     assert whole.headers["X-Linked-Size"] == whole.headers["Content-Length"] == "300000"
     assert whole.headers["X-Linked-Etag"] == f'"{hashlib.sha256(WEIGHTS).hexdigest()}"'
 
@@ -177,7 +177,7 @@ def test_wrong_bytes_are_refused(hub, api):
     headers = {"Authorization": f"Bearer {WRITE_TOKEN}"}
 
     def send(method, path, **content):
-        return httpx2.request(method, hub.url + path, headers=headers, trust_env=False, **content)
+        return httpx.request(method, hub.url + path, headers=headers, trust_env=False, **content)
 
     for content in (WEIGHTS[:-1], WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1])):
         assert send("PUT", f"/_lfs/{sha256}/{len(WEIGHTS)}", content=content).status_code == 400
@@ -290,7 +290,7 @@ def test_a_server_that_falls_in_the_middle_of_an_upload_comes_back_with_what_it_
     api.upload_file(repo_id="me/model", path_or_fileobj=b"{}", path_in_repo="config.json")
     before = hub.commits("me/model")
     hub.faults.append(Fault(hashlib.sha256(WEIGHTS).hexdigest(), cut_after=100_000, down=True))
-    with pytest.raises((HfHubHTTPError, RuntimeError, httpx2.TransportError)):
+    with pytest.raises((HfHubHTTPError, RuntimeError, httpx.TransportError)):
         api.upload_folder(repo_id="me/model", folder_path=folder)
     assert hub.server is None and hub.commits("me/model") == before
 

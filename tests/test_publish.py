@@ -392,7 +392,7 @@ def test_a_training_goes_on_from_the_hubs_last_checkpoint(fit, online, tmp_path,
     assert not [name for name in left if "checkpoint" in name or name.endswith((".pt", ".pth"))]  # it has ended
     with pytest.raises(UserError, match="me/live has no last-checkpoint/ on the Hub"):
         fit("third", resume_from_checkpoint="me/live", **options)
-    with pytest.raises(UserError, match="me/nothing is no folder, and not to be had from the Hub"):
+    with pytest.raises(UserError, match="me/nothing is not a folder, and the Hub did not give it"):
         fit("third", resume_from_checkpoint="me/nothing", **options)
 
 

@@ -18,6 +18,7 @@ import yaml
 from conftest import ROOT, TINY_AST, TONES, tone
 from datasets import Audio, Dataset, load_dataset
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import (
     ASTFeatureExtractor,
     ASTForAudioClassification,
@@ -35,6 +36,7 @@ from audio_dendrites.publishing.check import check_pipeline
 from audio_dendrites.recipes import ModelArguments, parse_recipe
 from audio_dendrites.training.checkpoints import CheckpointError, last_checkpoint
 from audio_dendrites.training.losses import classification_loss
+from audio_dendrites.training.process import prepare_process
 
 RECIPE = TONES | {
     "max_length": 48,
@@ -120,6 +122,24 @@ def test_the_saved_model_is_loaded_by_pipeline_and_must_say_the_same(recipe, tmp
     others = predictions.assign(logits=list(np.stack(predictions["logits"]) + [1, 0]))
     with pytest.raises(RuntimeError, match="pipeline's scores are 0"):
         check_pipeline(tmp_path / "run", clips, "audio", others)
+
+
+def test_final_scores_and_the_check_of_the_pipeline_use_no_tf32(recipe):
+    def precisions():
+        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+    def note(module, inputs):
+        if isinstance(module, torch.nn.Conv2d):
+            seen.append(precisions())
+
+    seen, before = [], precisions()
+    assert before[0] == "tf32"  # PyTorch's default
+    with register_module_forward_pre_hook(note):
+        run(recipe(num_train_epochs=1))
+    assert seen[:6] == [before] * 6  # four steps and an evaluation of two batches
+    assert seen[6:] == [("ieee", "ieee")] * len(seen[6:])
+    assert len(seen) > 6 + 5 + 8  # five batches of two folds, and eight clips in the pipeline
+    assert precisions() == before
 
 
 PAI = {"max_dendrites": 1, "schedule": "every", "stop_when_complete": False}
@@ -320,14 +340,49 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe, tmp_path, balan
     assert metrics["processes"] == 2 and metrics["test"]["clips"] == 8
 
 
-def test_a_world_smaller_than_asked_is_said(recipe):
+def test_one_process_instead_of_several_is_a_warning(recipe):
     launch = [shutil.which("accelerate", path=Path(sys.executable).parent), "launch", "--cpu", "--num_processes", "2"]
     done = subprocess.run(
         [*launch, str(ROOT / "train.py"), str(recipe()), "--max_steps", "1", "--eval_strategy", "no",
          "--save_strategy", "no", "--load_best_model_at_end", "false"], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "2 processes were asked for, 1 runs" in done.stderr
+    assert "Several processes were requested, but only one is running." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "warns"),
+    [
+        ({}, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True),
+        ({"MASTER_ADDR": "127.0.0.1"}, False),
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "1"}, False),
+    ],
+)
+def test_the_environment_tells_whether_several_processes_were_requested(recipe, monkeypatch, caplog, variables, warns):
+    args = parse_recipe([str(recipe())]).training
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    prepare_process(args)
+    assert ("Several processes were requested" in caplog.text) == warns
+
+
+def test_processes_that_do_not_know_each_other_are_an_error(recipe, monkeypatch):
+    args = parse_recipe([str(recipe())]).training
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started, but each of them sees only itself"):
+        prepare_process(args)
+
+
+def test_one_of_two_processes_shows_a_finished_run(recipe):
+    path = recipe(num_train_epochs=1)
+    run(path)
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command(path)[1:]]
+    done = subprocess.run(two, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Run folder") == 1
 
 
 def test_bad_input_is_one_line_without_a_traceback(recipe):
@@ -361,7 +416,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(recipe, tmp_path)
          str(tmp_path / "run" / "checkpoint-4")], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "error: writing to" in done.stderr and "the same command goes on from the last checkpoint" in done.stderr
+    assert "error: writing to" in done.stderr and "it continues from the last checkpoint" in done.stderr
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
     assert_same_tensors(before, load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors"))
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY_AST, TONES, tone
 from scipy.special import softmax
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import ASTFeatureExtractor, pipeline
 
 import predict
@@ -19,7 +20,10 @@ import train
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.data.windows import ClipWindows, aggregate, windows
 from audio_dendrites.errors import UserError
-from audio_dendrites.recipes import RunArguments, parse_recipe
+from audio_dendrites.models.loading import load_model
+from audio_dendrites.recipes import ModelArguments, RunArguments, parse_recipe
+from audio_dendrites.results.metrics import compute_metrics
+from audio_dendrites.training.trainer import AudioTrainer
 from data_collator import SpectrogramCollator
 
 
@@ -77,6 +81,28 @@ def test_a_window_of_frames_is_what_the_extractor_makes_of_its_samples():
 def test_an_overlap_of_a_whole_window_is_an_error():
     with pytest.raises(UserError, match="window_overlap: found 1.0, wanted 0 to under 1"):
         RunArguments("x", window_overlap=1.0)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
+def test_the_loss_of_an_evaluation_is_that_of_whole_clips(tmp_path, loss):
+    extractor = BatchedASTFeatureExtractor(max_length=20)
+    model = load_model(["high", "low"], ModelArguments(model_config=TINY_AST), extractor)
+    lengths = [50, 20, 33]
+    clips = [{"input_values": 3 * torch.randn(length, 128), "labels": length % 2} for length in lengths]
+    dataset = ClipWindows(clips, lengths, extractor.window_layout, 0.5, "max")
+    trainer = AudioTrainer(
+        model, RunArguments(str(tmp_path), use_cpu=True, report_to=["none"], per_device_eval_batch_size=2, loss=loss),
+        data_collator=SpectrogramCollator(20), eval_dataset=dataset, compute_metrics=compute_metrics, loss=loss,
+    )  # fmt: skip
+    output = trainer.predict(dataset)
+    logits = torch.tensor(output.predictions)
+    assert logits.shape == (3, 2) and len(dataset) > 3
+    if loss == "bce":
+        expected = binary_cross_entropy_with_logits(logits, torch.eye(2)[[0, 0, 1]])
+    else:
+        expected = cross_entropy(logits, torch.tensor([0, 0, 1]))
+    assert output.metrics["test_loss"] == pytest.approx(expected.item(), abs=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-6)
 
 
 @pytest.fixture

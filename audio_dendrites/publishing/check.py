@@ -13,19 +13,21 @@ from transformers import AudioClassificationPipeline, pipeline
 from audio_dendrites.data.audio import load_waveform
 from audio_dendrites.data.windows import classify, pipeline_windows
 from audio_dendrites.results.tables import markdown_table
+from audio_dendrites.training.process import without_tf32
 
 
+@without_tf32()
 def check_pipeline(
     folder: Path, clips: Dataset, audio_column: str, predictions: DataFrame, loss: str = "cross_entropy"
 ) -> None:
-    """Load the folder as its users will, and see that it says of some clips what the trained model said.
+    """Load the folder as its users will, and compare the scores of some clips with those of the trained model.
 
     Args:
-        folder: With the model and its feature extractor.
-        clips: Rows with the sound, not decoded, of `predictions`' clips; eight or so of them are heard.
-        audio_column: Where it is.
-        predictions: As `predictions_table` makes it.
-        loss: What the model was trained with: of bce the scores are the sigmoid, else the softmax.
+        folder: The folder of the model and its feature extractor.
+        clips: The clips of `predictions`, not decoded. About eight of them are classified.
+        audio_column: Column of the audio.
+        predictions: Table from `predictions_table`.
+        loss: The loss of the training. The scores are sigmoids for bce, else the softmax.
 
     Raises:
         RuntimeError: The scores differ by more than 1e-3.

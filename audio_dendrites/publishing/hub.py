@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -26,7 +25,7 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import httpx, validate_repo_id
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -204,26 +203,26 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, token: str | None = None, i
     Args:
         repo_id: owner/name.
         output_dir: The run folder.
-        token: Left out: that of `hf auth login` or HF_TOKEN.
-        is_first: Whether this process writes into the run folder, or only finds out what another has written.
+        token: Defaults to that of `hf auth login` or HF_TOKEN.
+        is_first: Whether this process writes the checkpoints. The others only get their path.
 
     Returns:
-        The folder of the last one, output_dir/checkpoint-<step>.
+        The folder of the last checkpoint, output_dir/checkpoint-<step>.
 
     Raises:
-        UserError: There is no such repository, or none of its checkpoints.
+        UserError: The repository does not exist, cannot be read, or has no checkpoint.
     """
     try:
         patterns = [f"{LAST_CHECKPOINT}/*", f"{BEST_CHECKPOINT}/*"]
         snapshot = Path(snapshot_download(repo_id, allow_patterns=patterns, token=token, max_workers=1))  # as in `push`
-    except (HfHubHTTPError, httpx2.HTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"resume_from_checkpoint: {repo_id} is no folder, and not to be had from the Hub: {reason(error)}"
+            f"resume_from_checkpoint: {repo_id} is not a folder, and the Hub did not give it: {reason(error)}"
         ) from error
     if not (snapshot / LAST_CHECKPOINT / "trainer_state.json").is_file():
         raise UserError(
-            f"resume_from_checkpoint: {repo_id} has no {LAST_CHECKPOINT}/ on the Hub; hub_strategy: checkpoint puts it "
-            f"there, and it goes when the training has ended"
+            f"resume_from_checkpoint: {repo_id} has no {LAST_CHECKPOINT}/ on the Hub. Only a training with "
+            f"hub_strategy: checkpoint has one, and only until it ends"
         )
     state = read_json(snapshot / LAST_CHECKPOINT / "trainer_state.json")
     last, best = (output_dir / f"checkpoint-{state[step] or 0}" for step in ("global_step", "best_global_step"))
@@ -271,7 +270,7 @@ def reason(error: BaseException) -> str:
             507: "the Hub has no room left",
         }.get(status, "the Hub is out of order" if status >= 500 else "the Hub refuses")
         return f"{what} ({status}{f': {said}' if said else ''})"
-    if isinstance(error, httpx2.HTTPError):
+    if isinstance(error, httpx.HTTPError):
         return f"the connection to the Hub was lost, or there is none ({type(error).__name__}: {error})"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
@@ -287,7 +286,7 @@ def _explained(
         yield
     except PublishError:
         raise
-    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         options = f" --revision {revision}" * (revision is not None) + " --private" * bool(private)
         command = command or f"python publish.py {shlex.quote(str(run))} --repo_id {repo_id}{options}"
         next_step = (
@@ -308,7 +307,7 @@ def _patiently(call: Callable, *args, **options) -> Any:
                 raise
             asked = error.response.headers.get("Retry-After", "")
             seconds, problem = int(asked) if asked.isdigit() else seconds, reason(error)
-        except httpx2.TransportError as error:
+        except httpx.TransportError as error:
             if seconds is None:
                 raise
             problem = reason(error)

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import EvalPrediction, HubStrategy
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrategy, PredictionOutput
 from transformers.utils.hub import PushInProgress, hf_api
 
 from audio_dendrites.data.windows import ClipWindows
-from audio_dendrites.files import writing_to
+from audio_dendrites.files import set_default_mode, writing_to
 from audio_dendrites.publishing import hub
 from audio_dendrites.publishing.card import model_card
 from audio_dendrites.publishing.content import checkpoint_files, model_files, without_paths_of
@@ -30,6 +31,7 @@ from audio_dendrites.results.report import running_metrics
 from audio_dendrites.training.averaging import MovingAverage, average_weights
 from audio_dendrites.training.checkpoints import CheckpointError, whole_checkpoints
 from audio_dendrites.training.losses import classification_loss, distilled_labels
+from audio_dendrites.training.process import without_tf32
 
 logger = logging.getLogger(__name__)
 
@@ -37,29 +39,30 @@ PUSH_FOLDER = ".push-"  # in the run folder, while a checkpoint is pushed
 
 
 class AudioTrainer(Trainer):
-    """Trainer for clips. Where it evaluates `ClipWindows`, metrics and predictions are of whole clips.
+    """Trainer for clips. If it evaluates `ClipWindows`, loss, metrics and predictions are those of whole clips.
 
     transformers 5 saves a model under the Hub's old tensor names, but its Trainer resumes and loads the best model by
-    the live ones and passes over what it does not find: an AST's encoder stays as it was. Here checkpoints hold live
-    names, and a tensor missing or left over is an error.
+    the live names and ignores the tensors that it does not find. The encoder of an AST is then not restored. Here,
+    checkpoints hold live names, and a missing or unexpected tensor is an error.
 
-    With `push_to_hub` it sends what `hub.py` lets out, in the background, and a push that fails ends no training.
+    With `push_to_hub`, it sends the files that `hub.py` allows in the background. A failed push does not end the
+    training.
 
     Args:
-        learning_rates: Learning rate of each parameter by name; none gives all `args.learning_rate`.
-        loss: cross_entropy or bce, as in `classification_loss`.
-        teacher: Its scores of each training batch, as augmented, take the share `distillation` of the labels.
-        distillation: From 0 to 1.
-        train_sampler: Draws the training clips; none shuffles them.
-        average_checkpoints: End with the mean weights of so many last checkpoints in the place of the best one's.
-        ema_decay: Evaluate, and end with, the moving average of the weights; see `MovingAverage`.
-        recipe: As resolved, and
-        card_template: the Jinja template of the model card; wanted where `args.push_to_hub`.
+        learning_rates: Learning rate of each parameter by name. Defaults to `args.learning_rate` for all.
+        loss: cross_entropy or bce, see `classification_loss`.
+        teacher: Model that scores each augmented training batch. Its scores are mixed into the labels.
+        distillation: Share of the teacher's scores in the labels, 0 to 1.
+        train_sampler: Draws the training clips. By default they are shuffled.
+        average_checkpoints: Number of last checkpoints. The training ends with the mean of their weights instead of the
+            best checkpoint.
+        ema_decay: Evaluate, and end with, the moving average of the weights, see `MovingAverage`.
+        recipe: The resolved recipe. Required if `args.push_to_hub`.
+        card_template: Jinja template of the model card. Required if `args.push_to_hub`.
 
     Attributes:
-        averaged_steps: Steps whose checkpoints the weights are the mean of; empty where they are not averaged.
-        structure_since: Step since which a weight means what it means now. Checkpoints up to it are not averaged; a
-            model that grows changes it.
+        averaged_steps: Steps of the checkpoints that were averaged, if any.
+        structure_since: Last step that changed the structure of the model. Only later checkpoints are averaged.
     """
 
     structure_since = 0
@@ -88,10 +91,10 @@ class AudioTrainer(Trainer):
         self.ema = None if ema_decay is None else MovingAverage(ema_decay)
         if self.ema is not None:
             self.add_callback(self.ema)
-        if average_checkpoints is not None:  # before other callbacks end the training, such as one that grows the model
+        if average_checkpoints is not None:  # first, since a callback that grows the model acts at the end too
             self.callback_handler.callbacks.insert(0, _AverageAtEnd(self, average_checkpoints))
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback):  # its default folder is named after the host
+            if isinstance(callback, TensorBoardCallback):  # the name of its default folder contains the host's
                 callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
         self.compute_loss_func = partial(
             classification_loss, label_smoothing=self.args.label_smoothing_factor, loss=loss
@@ -127,41 +130,59 @@ class AudioTrainer(Trainer):
             inputs["labels"] = distilled_labels(labels, logits, self.distillation, self.loss)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs):
+    def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs) -> EvalLoopOutput:
         self._evaluated = dataloader.dataset
         with self._averaged():
             output = super().evaluation_loop(dataloader, *args, **kwargs)
         if output.predictions is None or not isinstance(self._evaluated, ClipWindows):
             return output
         logits, labels = self._evaluated.by_clip(output.predictions, output.label_ids)
-        return output._replace(predictions=logits, label_ids=labels)
+        clips = SequenceClassifierOutput(logits=torch.from_numpy(logits))
+        loss = self.compute_loss_func(clips, torch.from_numpy(labels)).item()
+        metrics = {name: loss if name.endswith("_loss") else value for name, value in output.metrics.items()}
+        return output._replace(predictions=logits, label_ids=labels, metrics=metrics)
 
     def _score_clips(self, windows: EvalPrediction) -> dict[str, float]:
         if isinstance(self._evaluated, ClipWindows):
             windows = EvalPrediction(*self._evaluated.by_clip(windows.predictions, windows.label_ids))
         return self.clip_metrics(windows)
 
-    def predict_in_fp32(self, dataset):
-        """`predict` without autocast, so that the scores are those `pipeline` will give."""
+    def predict_in_fp32(self, dataset: Dataset, metric_key_prefix: str) -> PredictionOutput:
+        """`predict` without autocast and TF32, so that the scores are those that `pipeline` gives."""
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
-        return self.predict(dataset, metric_key_prefix="test")
+        with without_tf32():
+            return self.predict(dataset, metric_key_prefix=metric_key_prefix)
+
+    def end_tracking(self) -> None:
+        """Close the run of W&B and Trackio, so that the next training in this process gets its own.
+
+        The callbacks of transformers leave it open because `predict` logs after the training.
+        """
+        if not self.is_world_process_zero():
+            return
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, WandbCallback):
+                callback._wandb.finish()
+            elif isinstance(callback, TrackioCallback):
+                callback._trackio.finish()
 
     def _averaged(self) -> contextlib.AbstractContextManager:
-        """In which the model has the moving average of its weights, if there is one."""
+        """A context in which the model has the moving average of its weights, if there is one."""
         return contextlib.nullcontext() if self.ema is None else self.ema.in_place_of(self.model)
 
     def load_average(self, count: int) -> None:
-        """Give the model the mean weights of the last checkpoints; where there are fewer than `count`, of those.
+        """Give the model the mean weights of its last checkpoints.
 
         Args:
-            count: How many checkpoints.
+            count: Number of checkpoints. If there are fewer, all of them are averaged.
         """
+        self.accelerator.wait_for_everyone()  # all processes list the checkpoints after the last one is written
         steps = {int(folder.name.split("-")[-1]): folder for folder in whole_checkpoints(Path(self.args.output_dir))}
         usable = sorted(step for step in steps if self.structure_since < step <= self.state.global_step)
         self.averaged_steps = usable[-count:]
         if len(usable) < count:
             logger.warning(
-                "average_checkpoints: %d asked for, %d saved%s.", count, len(usable),
+                "average_checkpoints: %d requested, %d saved%s.", count, len(usable),
                 f" since the last growth (step {self.structure_since})" if self.structure_since else "",
             )  # fmt: skip
         if not usable:
@@ -171,12 +192,12 @@ class AudioTrainer(Trainer):
         if self.args.should_save:
             with writing_to(average):
                 average.mkdir(exist_ok=True)
-                for path in folders[-1].glob("*.json"):  # among them, what rebuilds a model that has grown
+                for path in folders[-1].glob("*.json"):  # one of them rebuilds a model that has grown
                     shutil.copy(path, average)
                 save_file(average_weights(folders), average / "model.safetensors")
         self.accelerator.wait_for_everyone()
         best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, str(average)
-        self._load_best_model()  # the way by which any kind of model gets another's structure and weights
+        self._load_best_model()  # restores the structure and weights of any kind of model
         self.state.best_model_checkpoint = best
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -207,6 +228,7 @@ class AudioTrainer(Trainer):
             self.processing_class.save_pretrained(output_dir)
             if self.ema is not None:
                 self.ema.save(output_dir)
+            set_default_mode(*Path(output_dir).glob("*.safetensors"))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Ask the Hub before the training, so that what is wrong with it is said early."""
