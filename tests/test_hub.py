@@ -332,3 +332,10 @@ def test_a_run_folder_has_a_repository_of_its_own(output_dir, repo_id):
 def test_all_checkpoints_is_no_strategy_here():
     with pytest.raises(UserError, match="hub_strategy: found all_checkpoints, wanted end, every_save or checkpoint"):
         parse_recipe(["--hub_strategy", "all_checkpoints"])
+
+
+def test_runs_for_the_trackers_are_named_after_their_folders():
+    recipe = parse_recipe(["--output_dir", "runs/esc50/ast", "--pai", "{}"])
+    assert [one.training.run_name for one in (recipe, recipe.baseline())] == ["esc50-ast", "esc50-ast_baseline"]
+    recipe = parse_recipe(["--run_name", "mine", "--pai", "{}"])
+    assert [one.training.run_name for one in (recipe, recipe.baseline())] == ["mine", "mine_baseline"]
