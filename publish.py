@@ -1,11 +1,11 @@
-"""Push finished runs to the Hub: weights, code, card, scores and plots; --help explains the options.
+"""Push finished runs to the Hub: weights, code, card, scores and figures.
 
     python publish.py RUN --repo_id me/ast-urbansound8k [--private] [--revision BRANCH]
     python publish.py RUN [RUN ...] [--dry_run]
 
-A run with dendrites whose baseline's run folder stands beside it is pushed together with it, the baseline as
-<repo_id>-baseline, and each card links to the other. The token is that of `hf auth login` or of HF_TOKEN. The same
-command again sends what is missing. --dry_run lists every file, asks for no token, and sends nothing.
+If a run with dendrites was compared with a baseline whose run folder stands beside it, both are pushed. The baseline
+goes to <repo_id>-baseline, and each card links to the other. The token comes from `hf auth login` or HF_TOKEN. The same
+command again sends only the missing files. --dry_run lists every file, needs no token and sends nothing.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from audio_dendrites.errors import UserError
 from audio_dendrites.publishing import hub
-from audio_dendrites.publishing.card import run_card
-from audio_dendrites.publishing.content import PublishError, outgoing
+from audio_dendrites.publishing.content import staged_files
 from audio_dendrites.recipes import default_hub_model_id
 from audio_dendrites.results.tables import markdown_table
 
@@ -26,7 +26,7 @@ CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
 
 
 def publications(options: argparse.Namespace) -> list[tuple[Path, str, str | None]]:
-    """Run folder, repository and the repository of the checkpoint it is compared with, for all that is pushed."""
+    """For each push: the run folder, its repository, and the repository of the run that it is compared with."""
     found = []
     for run in options.runs:
         repo_id = options.repo_id or default_hub_model_id(str(run))
@@ -39,7 +39,7 @@ def publications(options: argparse.Namespace) -> list[tuple[Path, str, str | Non
 
 
 def baseline_of(run: Path) -> Path | None:
-    """The finished run folder that comparison.json names as the baseline of a run with dendrites, if it is there."""
+    """The run folder that comparison.json names as the baseline of a run with dendrites, if it exists."""
     path = run / "comparison.json"
     if not path.is_file():
         return None
@@ -49,15 +49,11 @@ def baseline_of(run: Path) -> Path | None:
 
 
 def show(run: Path, repo_id: str, other: str | None) -> None:
-    """List what would be sent."""
-    files = outgoing(run)
-    files = {"README.md": run_card(run, repo_id, CARD, files, other)} | files
-    sizes = {
-        name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()
-    }
-    rows = [["file", "bytes", "stored as"]]
-    rows += [[name, f"{size:,}", "LFS" if Path(name).suffix in hub.LFS else "text"] for name, size in sizes.items()]
-    print(f"\n{run} → {repo_id}\n\n{markdown_table(rows)}\n\n{sum(sizes.values()):,} bytes, and nothing was sent.")
+    """List what a push would send."""
+    with hub.staged(run, repo_id, CARD, other) as folder:
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in staged_files(folder)}
+    rows = [["file", "bytes"], *([name, f"{size:,}"] for name, size in sizes.items())]
+    print(f"\n{run} → {repo_id}\n\n{markdown_table(rows)}\n\n{sum(sizes.values()):,} bytes. Nothing was sent.")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -69,23 +65,27 @@ def main(arguments: Sequence[str]) -> None:
             continue
         command = shlex.join(["python", "publish.py", *arguments])
         address = hub.publish(run, repo_id, CARD, other, options.private or None, options.revision, command=command)
-        print(
-            f"{run}: {f'published at {address}' if address else f'nothing to upload, {repo_id} has it all'}", flush=True
-        )
+        print(f"{run}: {f'published at {address}' if address else f'{repo_id} has every file already'}", flush=True)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a finished run.")
-    parser.add_argument("--repo_id", help="owner/name, for one RUN. Default: from the folder, with the token's owner.")
-    parser.add_argument("--private", action="store_true", help="Make a repository that does not exist yet private.")
-    parser.add_argument("--revision", metavar="BRANCH", help="Branch to push to, made if it is missing. Default: main.")
-    parser.add_argument("--without_baseline", action="store_true", help="Push a run with dendrites alone.")
-    parser.add_argument("--dry_run", action="store_true", help="List every file and byte, and send nothing.")
+    parser.add_argument(
+        "--repo_id", help="owner/name, for a single RUN. Default: the name of the folder, with the owner of the token."
+    )
+    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="Branch to push to. It is created if it does not exist. Default: main."
+    )
+    parser.add_argument(
+        "--without_baseline", action="store_true", help="Push a run with dendrites without its baseline."
+    )
+    parser.add_argument("--dry_run", action="store_true", help="List every file and its size, and send nothing.")
     options = parser.parse_args(arguments)
     if options.repo_id and len(options.runs) > 1:
-        parser.error(f"--repo_id names the repository of one run, found {len(options.runs)} runs")
+        parser.error(f"--repo_id names the repository of a single run, got {len(options.runs)} runs")
     return options
 
 
@@ -93,5 +93,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     try:
         main(sys.argv[1:])
-    except PublishError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -61,8 +61,8 @@ def draw_model(axes) -> None:
     arrow(axes, (5.85, 4.0), (6.95, 3.1), GREEN, "--")
     arrow(axes, (7.95, 2.8), (8.5, 2.8))
     axes.text(6.75, 3.85, "× $top$, which starts at 0", color=GREEN, fontsize=9)
-    axes.text(4.5, 0.75, "A dendrite grows beside a layer while the model trains.\nGrowth leaves the scores as they are.",
-              ha="center", va="center", fontsize=10)  # fmt: skip
+    text = "A dendrite grows beside a layer while the model trains.\nGrowth leaves the scores as they are."
+    axes.text(4.5, 0.75, text, ha="center", va="center", fontsize=10)
     axes.set_title("a layer with a dendrite", fontsize=12)
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.publishing.card import model_card
-from audio_dendrites.publishing.content import PublishError, check_outgoing, outgoing, read_reports, without_paths
+from audio_dendrites.publishing.content import PublishError, check_staged, read_reports, stage_run, without_paths
 from audio_dendrites.recipes import default_hub_model_id, parse_recipe
 
 TEMPLATE = ROOT / "model_cards" / "model.md.jinja"
@@ -101,7 +101,7 @@ US8K = {
     "base_model": "MIT/ast-finetuned-audioset-10-10-0.4593",
     "labels": ["air_conditioner", "car_horn"],
 }
-FIGURES = {"confusion_matrix.png", "learning_curves.png", "metrics.json", "config.yaml", "predictions.parquet"}
+FIGURES = {"confusion_matrix.png", "learning_curves.png"}
 
 
 def without(values, *names):
@@ -120,7 +120,7 @@ def card_of(kind: str) -> str:
     if kind == "running":
         metrics = without(METRICS, "test", "best_step", "steps", "epochs", "train_runtime", "skipped")
         metrics |= {"running": {"step": 40, "max_steps": 70}, "dendrites": DENDRITES}
-        return model_card(metrics, RECIPE, TEMPLATE, "me/quickstart", {"model.safetensors", "dendritic.py"})
+        return model_card(metrics, RECIPE, TEMPLATE, "me/quickstart", {"dendritic.py"})
     recipe = RECIPE | {"dataset": US8K["dataset"], "dataset_revision": "8aa9177", "drop_leaks": True}
     metrics = METRICS | US8K | {"trained_parameters": 1000, "processes": 2, "skipped": ["a.wav: empty"]}
     return model_card(metrics, recipe, TEMPLATE, "me/ast-urbansound8k", FIGURES)
@@ -161,7 +161,7 @@ def test_the_metadata_are_what_the_hub_takes(kind, online, tmp_path):
      ("mel-vit", "A Vision Transformer on mel spectrograms that takes waveforms and tells", "dosovitskiy2021image")],
 )  # fmt: skip
 def test_other_architectures_bring_code_and_no_dendrites(architecture, family, paper):
-    files = {"model.safetensors", "waveform.py", "cnn14.py"}
+    files = {"waveform.py", "cnn14.py"}
     metrics = METRICS | {"architecture": architecture}
     card = ModelCard(model_card(metrics, RECIPE | {"waveform": True}, TEMPLATE, "me/x", files))
     assert card.data.tags == ["audio-classification", architecture]
@@ -273,14 +273,14 @@ def test_whatever_must_not_leave_is_found(what, name, online, tmp_path, monkeypa
     content = LEAKS[what]
     if name == "predictions.parquet":
         content = pandas.DataFrame({"clip": ["a", content.decode()], "logits": [[0.0], [1.0]]}).to_parquet()
-    path = tmp_path / name
-    path.write_bytes(b"\0\1\2" * 5 + content if name == "model.safetensors" else content)
-    files = {"metrics.json": b"{}", name: path}
-    if name == "model.safetensors" and what in ("a path in a home folder", "the name of this machine"):
-        check_outgoing(files)  # in weights any bytes may stand
+    (tmp_path / "metrics.json").write_text("{}")
+    is_weights = name == "model.safetensors"
+    (tmp_path / name).write_bytes(b"\0\1\2" * 5 + content if is_weights else content)
+    if is_weights and what in ("a path in a home folder", "the name of this machine"):
+        check_staged(tmp_path)  # weights may hold any bytes
         return
     with pytest.raises(PublishError, match=f"{name} holds {what}.*nothing was sent") as error:
-        check_outgoing(files)
+        check_staged(tmp_path)
     assert SECRET not in str(error.value) and "hf_" not in str(error.value)
 
 
@@ -290,22 +290,24 @@ def test_a_secret_between_two_pieces_of_a_large_file_is_found(tmp_path, monkeypa
     monkeypatch.setattr("audio_dendrites.publishing.content.OVERLAP", 50)
     (tmp_path / "model.safetensors").write_bytes(bytes(1990) + SECRET.encode() + bytes(5000))
     with pytest.raises(PublishError, match="model.safetensors holds the value of the environment variable WANDB"):
-        check_outgoing({"model.safetensors": tmp_path / "model.safetensors"})
+        check_staged(tmp_path)
 
 
-def test_ordinary_words_of_the_environment_are_no_secrets(monkeypatch):
+def test_ordinary_words_of_the_environment_are_no_secrets(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "accuracy")
     monkeypatch.setattr(socket, "gethostname", lambda: "audio")
-    check_outgoing({"README.md": b"audio accuracy"})
+    (tmp_path / "README.md").write_text("audio accuracy")
+    check_staged(tmp_path)
 
 
 def test_an_unfinished_or_broken_run_is_not_published(tmp_path):
+    (stage := tmp_path / "stage").mkdir()
     with pytest.raises(PublishError, match="has no metrics.json"):
-        outgoing(tmp_path)
+        stage_run(tmp_path, stage)
     (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(RECIPE))
     with pytest.raises(PublishError, match="has no model.safetensors"):
-        outgoing(tmp_path)
+        stage_run(tmp_path, stage)
 
 
 def test_an_older_run_folder_says_by_its_paths_what_is_local(tmp_path):

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from huggingface_hub import (
 
 from audio_dendrites.data import synthetic
 from audio_dendrites.files import written_whole
-from audio_dendrites.publishing.content import MODEL_FILES, REPORT_FILES, code_files, files_named, read_reports
+from audio_dendrites.publishing.content import FIGURES, code_files, files_named, read_reports
 from audio_dendrites.recipes import SCORES
 from audio_dendrites.results.scores import score_names
 from audio_dendrites.results.tables import classes_table, markdown_table, scores_table
@@ -35,27 +35,16 @@ HYPERPARAMETERS = (
 
 
 def write_card(run: Path, template: Path) -> None:
-    """README.md of a finished run's folder, from what the folder holds."""
+    """Write the README.md of a finished run from the other files of its folder."""
     with written_whole(run / "README.md") as path:
-        path.write_bytes(run_card(run, str(run), template, files_of(run)))
+        path.write_text(run_card(run, str(run), template), encoding="utf-8")
 
 
-def run_card(
-    run: Path,
-    name: str,
-    template: Path,
-    files: Iterable[str],
-    other: str | None = None,
-    revision: str | None = None,
-) -> bytes:
-    """README.md of a finished run; beside the run the arguments are those of `model_card`."""
+def run_card(run: Path, name: str, template: Path, other: str | None = None, revision: str | None = None) -> str:
+    """The README.md of a finished run; see `model_card` for the arguments."""
     metrics, recipe, comparison = read_reports(run)
-    return model_card(metrics, recipe, template, name, {*files}, comparison, other, revision).encode()
-
-
-def files_of(run: Path) -> set[str]:
-    """Names of what a finished run's folder holds and may be published."""
-    return {path.name for path in files_named(run, (*MODEL_FILES, *REPORT_FILES, *code_files(run)))}
+    files = {path.name for path in files_named(run, (*FIGURES, *code_files(run)))}
+    return model_card(metrics, recipe, template, name, files, comparison, other, revision)
 
 
 def model_card(

@@ -1,7 +1,7 @@
-"""Publishing a run: its model card, what of its folder may leave the machine, and the push to the Hub.
+"""Push runs and checkpoints to the Hub, and fetch checkpoints from it.
 
-What is sent is named here file by file, paths of this machine are taken out of its text, and `check_outgoing` reads
-every byte before the first one leaves.
+A push has three steps. `content.py` copies what may leave the machine to a folder. `check_staged` searches every byte
+of the folder. One commit uploads it.
 """
 
 import logging
@@ -10,20 +10,12 @@ import re
 import shlex
 import shutil
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    get_token,
-    snapshot_download,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx, validate_repo_id
 from transformers import TrainingArguments
@@ -35,20 +27,38 @@ from audio_dendrites.publishing.content import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
     PublishError,
-    check_outgoing,
+    check_staged,
     code_files,
-    json_bytes,
-    outgoing,
     read_json,
+    stage_run,
+    staged_files,
+    write_json,
 )
 from audio_dendrites.results.report import is_finished
 
 logger = logging.getLogger(__name__)
 
 CARD_COMMIT = "Model card"
-LFS = {".parquet", ".pt", ".pth", ".safetensors", ".png"}
-BUSY = {408, 429, 500, 502, 503, 504}
 FULL = re.compile("quota|storage|limit|exceed|payment", re.IGNORECASE)
+
+
+@contextmanager
+def staged(run: Path, repo_id: str, template: Path, other: str | None = None) -> Iterator[Path]:
+    """A temporary folder with everything of a finished run that may be published, its card included.
+
+    Args:
+        run: The run folder. It is only read.
+        repo_id: owner/name, or name.
+        template: Jinja template of the card.
+        other: Repository of the run that this one is compared with, if it is published too.
+
+    Raises:
+        PublishError: If the run is not finished.
+    """
+    with tempfile.TemporaryDirectory(prefix="publish-") as folder:
+        stage_run(run, Path(folder))
+        Path(folder, "README.md").write_text(run_card(run, repo_id, template, other=other), encoding="utf-8")
+        yield Path(folder)
 
 
 def publish(
@@ -61,74 +71,69 @@ def publish(
     token: str | None = None,
     command: str | None = None,
 ) -> str | None:
-    """Push a finished run: weights, figures and code, then the card, which pins that commit where code is run.
+    """Push a finished run. If the model has code, a second commit adds the card, which pins the first commit.
 
     Args:
-        run: The run folder; it is only read.
-        repo_id: owner/name; without an owner the token's.
+        run: The run folder. It is only read.
+        repo_id: owner/name. Without an owner, the repository belongs to the owner of the token.
         template: Jinja template of the card.
-        other: Hub id of the checkpoint that the run is compared with, if it is published too.
-        private: Whether a repository that does not exist yet is private; none leaves it to the Hub.
-        revision: Branch to push to, made if it is missing.
-        token: Left out: that of `hf auth login` or HF_TOKEN.
-        command: What a failure says to try again with; left out: publish.py with this run.
+        other: Repository of the run that this one is compared with, if it is published too.
+        private: Whether a new repository is private. Defaults to the Hub's setting.
+        revision: Branch to push to. It is created if it does not exist.
+        token: Defaults to the token of `hf auth login` or HF_TOKEN.
+        command: The command that error messages show to try again. Defaults to publish.py with this run.
 
     Returns:
-        The address of the repository, or None if the Hub had everything.
+        The address of the repository, or None if it had every file.
 
     Raises:
-        PublishError: Nothing or not everything was sent; the folder is as it was, and the same call tries again.
+        PublishError: If not everything was sent. The run folder is unchanged, and the same call sends the rest.
     """
-    files = outgoing(run)
-    check_outgoing({"README.md": run_card(run, repo_id, template, files, other)} | files, token)
-    with _explained(run, repo_id, private, revision, command):
-        repo_id = create_repo(repo_id, private, revision, token)
-        other = other and (other if "/" in other else f"{repo_id.split('/')[0]}/{other}")
-        if not code_files(run):
-            card = run_card(run, repo_id, template, files, other)
-            commit = push({"README.md": card} | files, repo_id, "Model, figures and card", revision, token)
-        else:
-            sent = push(files, repo_id, "Model, code and figures", revision, token)
-            commits = _patiently(HfApi(token=token).list_repo_commits, repo_id, revision=revision)
-            pinned = next(commit.commit_id for commit in commits if commit.title != CARD_COMMIT)
-            card = run_card(run, repo_id, template, files, other, pinned)
-            commit = push({"README.md": card}, repo_id, CARD_COMMIT, revision, token) or sent
+    with staged(run, repo_id, template, other) as folder:
+        check_staged(folder, token)
+        with _explained(run, repo_id, private, revision, command):
+            repo_id = create_repo(repo_id, private, revision, token)
+            other = other and (other if "/" in other else f"{repo_id.split('/')[0]}/{other}")
+            card = folder / "README.md"
+            if not code_files(run):
+                card.write_text(run_card(run, repo_id, template, other=other), encoding="utf-8")
+                commit = push(folder, staged_files(folder), repo_id, "Model, figures and card", revision, token)
+            else:
+                files = [path for path in staged_files(folder) if path != card]
+                sent = push(folder, files, repo_id, "Model, code and figures", revision, token)
+                commits = HfApi(token=token).list_repo_commits(repo_id, revision=revision)
+                pinned = next(commit.commit_id for commit in commits if commit.title != CARD_COMMIT)
+                card.write_text(run_card(run, repo_id, template, other=other, revision=pinned), encoding="utf-8")
+                commit = push(folder, [card], repo_id, CARD_COMMIT, revision, token) or sent
     return commit and f"{HfApi().endpoint}/{repo_id}"
 
 
 def publish_finished(args: TrainingArguments, template: Path, other: str | None = None) -> None:
-    """Push a run when its training has ended, if the recipe asks for it; a failure is said and raises nothing.
+    """Push a run after its training, if the recipe asks for it. A failure is logged and raises nothing.
 
     Args:
-        args: The training's.
+        args: The arguments of the training.
         template: Jinja template of the card.
-        other: Hub id of the checkpoint that the run is compared with.
+        other: Repository of the run that this one is compared with.
     """
     if not args.push_to_hub or args.process_index > 0:
         return
+    run, private = Path(args.output_dir), is_private(args)
     try:
-        address = publish(
-            Path(args.output_dir),
-            args.hub_model_id,
-            template,
-            other,
-            is_private(args),
-            args.hub_revision,
-            args.hub_token,
-        )
+        address = publish(run, args.hub_model_id, template, other, private, args.hub_revision, args.hub_token)
     except PublishError as error:
         logger.warning("%s", error)
     else:
-        logger.info("%s", f"Published: {address}" if address else f"{args.hub_model_id}: the Hub has everything.")
+        logger.info("%s", f"Published: {address}" if address else f"{args.hub_model_id} has every file already.")
 
 
 def ask(args: TrainingArguments) -> None:
-    """Make the repository of a training that begins; a failure is said and raises nothing."""
+    """Create the repository before the training. A failure is logged and raises nothing."""
     if args.hub_strategy == HubStrategy.CHECKPOINT:
         logger.info(
-            "hub_strategy checkpoint also sends what resumes the training, and its optimizer.pt, scheduler.pt and "
-            "rng_state.pth are pickles: a new repository is %s.",
-            "private, unless hub_private_repo is false" if is_private(args) else "public, as hub_private_repo says",
+            "hub_strategy checkpoint also pushes what resumes the training. Its optimizer.pt, scheduler.pt and "
+            "rng_state.pth are pickles, so a new repository is %s.",
+            "private unless hub_private_repo is false" if is_private(args) else "public, as hub_private_repo says",
         )
     try:
         with _explained(Path(args.output_dir), args.hub_model_id, is_private(args), args.hub_revision):
@@ -137,19 +142,20 @@ def ask(args: TrainingArguments) -> None:
         logger.warning("%s", error)
 
 
-def push_checkpoint(args: TrainingArguments, files: Mapping[str, Path | bytes], message: str) -> None:
-    """Push what a running training has; a failure is said and raises nothing."""
+def push_checkpoint(args: TrainingArguments, folder: Path, message: str) -> None:
+    """Push the staged folder of a running training. A failure is logged and raises nothing."""
     repo_id, private, revision, token = args.hub_model_id, is_private(args), args.hub_revision, args.hub_token
     try:
-        check_outgoing(files, token)
+        check_staged(folder, token)
         with _explained(Path(args.output_dir), repo_id, private, revision):
-            push(files, create_repo(repo_id, private, revision, token), message, revision, token)
+            repo_id = create_repo(repo_id, private, revision, token)
+            push(folder, staged_files(folder), repo_id, message, revision, token)
     except PublishError as error:
         logger.warning("%s", error)
 
 
 def is_private(args: TrainingArguments) -> bool | None:
-    """As the recipe says; where it says nothing, a repository that gets pickles is private."""
+    """`hub_private_repo`, where a repository that gets pickles is private by default."""
     is_checkpoint = args.hub_strategy == HubStrategy.CHECKPOINT
     return True if args.hub_private_repo is None and is_checkpoint else args.hub_private_repo
 
@@ -157,43 +163,42 @@ def is_private(args: TrainingArguments) -> bool | None:
 def create_repo(
     repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None
 ) -> str:
-    """Make a repository for a model, and a branch, where they do not exist yet; gives the id with its owner."""
+    """Create a repository and a branch if they do not exist. Returns the id with its owner."""
     if token is None and get_token() is None:
         raise LocalTokenNotFoundError
     validate_repo_id(repo_id)
     api = HfApi(token=token)
     if "/" not in repo_id:
-        repo_id = f"{_patiently(api.whoami)['name']}/{repo_id}"
-    _patiently(api.create_repo, repo_id, private=private, exist_ok=True)
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
+    api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
-        _patiently(api.create_branch, repo_id, branch=revision, exist_ok=True)
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id
 
 
 def push(
-    files: Mapping[str, Path | bytes],
-    repo_id: str,
-    message: str,
-    revision: str | None = None,
-    token: str | None = None,
+    folder: Path, files: list[Path], repo_id: str, message: str, revision: str | None = None, token: str | None = None
 ) -> str | None:
-    """One commit with what the Hub lacks of the files, and without checkpoints that are not among them.
+    """Upload files of a staged folder in one commit. A push of a model removes checkpoints that it does not hold.
 
     Returns:
-        The commit id, or None if there was nothing to send.
+        The commit id, or None if the repository had every file.
     """
     api = HfApi(token=token)
-    before = _patiently(api.model_info, repo_id, revision=revision)
-    additions = [CommitOperationAdd(path, content) for path, content in files.items()]
-    there = [
-        file.rfilename for file in before.siblings if file.rfilename.startswith((LAST_CHECKPOINT, BEST_CHECKPOINT))
+    before = api.model_info(repo_id, revision=revision)
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    operations: list = [CommitOperationAdd(name, path) for name, path in names.items()]
+    operations += [
+        CommitOperationDelete(file.rfilename)
+        for file in before.siblings
+        if file.rfilename.startswith((LAST_CHECKPOINT, BEST_CHECKPOINT))
+        and file.rfilename not in names
+        and "config.json" in names
     ]
-    stale = [CommitOperationDelete(path) for path in there if path not in files and "config.json" in files]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
-        # Tries again by itself, but where the connection is lost its threads close each other's client: so one thread.
-        api.preupload_lfs_files(repo_id, additions, revision=revision, free_memory=False, num_threads=1)
-        commit = _patiently(api.create_commit, repo_id, [*additions, *stale], commit_message=message, revision=revision)
+        # One thread: if the connection is lost, several threads close each other's client.
+        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, num_threads=1)
     return None if commit.oid == before.sha else commit.oid
 
 
@@ -203,14 +208,14 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, token: str | None = None, i
     Args:
         repo_id: owner/name.
         output_dir: The run folder.
-        token: Defaults to that of `hf auth login` or HF_TOKEN.
+        token: Defaults to the token of `hf auth login` or HF_TOKEN.
         is_first: Whether this process writes the checkpoints. The others only get their path.
 
     Returns:
         The folder of the last checkpoint, output_dir/checkpoint-<step>.
 
     Raises:
-        UserError: The repository does not exist, cannot be read, or has no checkpoint.
+        UserError: If the repository does not exist, cannot be read, or has no checkpoint.
     """
     try:
         patterns = [f"{LAST_CHECKPOINT}/*", f"{BEST_CHECKPOINT}/*"]
@@ -226,9 +231,9 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, token: str | None = None, i
         )
     state = read_json(snapshot / LAST_CHECKPOINT / "trainer_state.json")
     last, best = (output_dir / f"checkpoint-{state[step] or 0}" for step in ("global_step", "best_global_step"))
-    if is_first and (snapshot / BEST_CHECKPOINT).is_dir() and best != last:
-        _copy_checkpoint(snapshot / BEST_CHECKPOINT, best, best)
     if is_first:
+        if (snapshot / BEST_CHECKPOINT).is_dir() and best != last:
+            _copy_checkpoint(snapshot / BEST_CHECKPOINT, best, best)
         _copy_checkpoint(snapshot / LAST_CHECKPOINT, last, best)
     return last
 
@@ -240,38 +245,38 @@ def _copy_checkpoint(source: Path, target: Path, best: Path) -> None:
         state = read_json(copied / "trainer_state.json")
         if state["best_model_checkpoint"] is not None:
             state["best_model_checkpoint"] = str(best)
-        (copied / "trainer_state.json").write_bytes(json_bytes(state))
+        write_json(state, copied / "trainer_state.json")
         if target.exists():
             shutil.rmtree(target)
         os.replace(copied, target)
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong with the Hub, in words of one line."""
+    """One line that says what went wrong with the Hub."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:  # the client's "Error while uploading"
         error = error.__cause__
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token: log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, HFValidationError):
-        return f"{error} Wanted owner/name"
+        return f"{error} Expected owner/name"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the Hub is not asked"
     if isinstance(error, HfHubHTTPError):
         status, said = error.response.status_code, " ".join((error.server_message or "").split())
+        full, no_write = "the storage of the account is full", "the token has no permission to write there"
         what = {
             400: "the Hub does not accept it",
-            401: "the Hub does not know the token, or not this repository; log in again with `hf auth login`",
-            402: "the storage of the account is full",
-            403: "the storage of the account is full" if FULL.search(said) else "the token may not write there",
-            404: "there is no such repository, or the token may not see it",
-            409: "the name is taken",
-            413: "the storage of the account is full",
-            429: "the Hub answers no more requests for now",
-            507: "the Hub has no room left",
+            401: "the Hub does not know the token or the repository; log in again with `hf auth login`",
+            402: full,
+            403: full if FULL.search(said) else no_write,
+            404: "the repository does not exist, or the token has no permission to read it",
+            413: full,
+            429: "the Hub accepts no more requests for now",
+            507: full,
         }.get(status, "the Hub is out of order" if status >= 500 else "the Hub refuses")
         return f"{what} ({status}{f': {said}' if said else ''})"
     if isinstance(error, httpx.HTTPError):
-        return f"the connection to the Hub was lost, or there is none ({type(error).__name__}: {error})"
+        return f"there is no connection to the Hub ({type(error).__name__}: {error})"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     return str(error)
@@ -281,35 +286,15 @@ def reason(error: BaseException) -> str:
 def _explained(
     run: Path, repo_id: str, private: bool | None, revision: str | None, command: str | None = None
 ) -> Iterator[None]:
-    """Turn whatever the client raises into what happened and the command that tries again."""
+    """Turn any error of the client into a PublishError with the cause and the command that tries again."""
     try:
         yield
-    except PublishError:
-        raise
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         options = f" --revision {revision}" * (revision is not None) + " --private" * bool(private)
         command = command or f"python publish.py {shlex.quote(str(run))} --repo_id {repo_id}{options}"
         next_step = (
-            f"The folder is as it was; this tries again and sends what is missing: {command}"
+            f"The run folder is unchanged. This command tries again and sends only the missing files: {command}"
             if is_finished(run)
-            else f"The training goes on and its next push tries again; when it has ended, so does: {command}"
+            else f"The training continues, and its next push tries again. After the training, use: {command}"
         )
         raise PublishError(f"{run} was not published as {repo_id}: {reason(error)}. {next_step}") from error
-
-
-def _patiently(call: Callable, *args, **options) -> Any:
-    """A call of the client that it does not repeat by itself, again where the Hub was busy or the connection lost."""
-    for seconds in (1, 2, 4, 8, None):
-        try:
-            return call(*args, **options)
-        except HfHubHTTPError as error:
-            if error.response.status_code not in BUSY or seconds is None:
-                raise
-            asked = error.response.headers.get("Retry-After", "")
-            seconds, problem = int(asked) if asked.isdigit() else seconds, reason(error)
-        except httpx.TransportError as error:
-            if seconds is None:
-                raise
-            problem = reason(error)
-        logger.warning("%s; trying again in %d s.", problem[0].upper() + problem[1:], seconds)
-        time.sleep(seconds)

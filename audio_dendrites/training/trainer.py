@@ -24,7 +24,7 @@ from audio_dendrites.data.windows import ClipWindows
 from audio_dendrites.files import set_default_mode, writing_to
 from audio_dendrites.publishing import hub
 from audio_dendrites.publishing.card import model_card
-from audio_dendrites.publishing.content import checkpoint_files, model_files, without_paths_of
+from audio_dendrites.publishing.content import code_files, stage_checkpoints, without_paths_of
 from audio_dendrites.publishing.export import ExportError, export_dendritic
 from audio_dendrites.recipes import Recipe
 from audio_dendrites.results.report import running_metrics
@@ -257,35 +257,32 @@ class AudioTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         with contextlib.ExitStack() as kept:
             try:
-                folder = kept.enter_context(tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=PUSH_FOLDER))
-                files = self._files_of_checkpoint(Path(checkpoint_folder), Path(folder))
+                folder = Path(
+                    kept.enter_context(tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=PUSH_FOLDER))
+                )
+                self._stage_checkpoint(Path(checkpoint_folder), folder)
             except (ExportError, OSError, SafetensorError) as error:
-                logger.warning("Step %d is not pushed, and the training goes on: %s", self.state.global_step, error)
+                logger.warning("Step %d was not pushed. The training continues. %s", self.state.global_step, error)
                 return
             message = f"Training in progress, step {self.state.global_step}"
-            job = hf_api().run_as_future(self._push, kept.pop_all(), files, message)
+            job = hf_api().run_as_future(self._push, kept.pop_all(), folder, message)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if is_pushing else []), job])
 
-    def _push(self, kept: contextlib.ExitStack, files: dict[str, Path | bytes], message: str) -> None:
+    def _push(self, kept: contextlib.ExitStack, folder: Path, message: str) -> None:
         with kept:
-            hub.push_checkpoint(self.args, files, message)
+            hub.push_checkpoint(self.args, folder, message)
 
-    def _files_of_checkpoint(self, checkpoint: Path, folder: Path) -> dict[str, Path | bytes]:
-        """The model as `pipeline` loads it, its card and, if the strategy says so, what resumes the training.
-
-        All of it lies in `folder`, as the training goes on and deletes checkpoints while it is sent.
-        """
+    def _stage_checkpoint(self, checkpoint: Path, folder: Path) -> None:
+        """Write the model as `pipeline` loads it, its card and, for `hub_strategy: checkpoint`, the checkpoint."""
         grower = getattr(self, "pai_callback", None)
         with self._averaged():
             export_dendritic(self.model, folder, self.processing_class, grower and grower.config.activation)
-        files = model_files(folder)
         metrics, recipe = without_paths_of(running_metrics(self.recipe, self), self.recipe.to_dict())
-        card = model_card(metrics, recipe, self.card_template, self.args.hub_model_id, set(files))
-        files |= {"README.md": card.encode()}
+        card = model_card(metrics, recipe, self.card_template, self.args.hub_model_id, set(code_files(folder)))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if self.args.hub_strategy == HubStrategy.CHECKPOINT:
             best = self.state.best_model_checkpoint
-            files |= checkpoint_files(checkpoint, best and Path(best), folder)
-        return files
+            stage_checkpoints(checkpoint, best and Path(best), folder)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         if load_result.missing_keys or load_result.unexpected_keys:

@@ -1,18 +1,16 @@
-"""A Hub on the loopback interface: what the real `huggingface_hub` client asks of the Hub, over real HTTP.
+"""A Hub on the loopback interface: the requests of the real `huggingface_hub` client that the tests need, over HTTP.
 
-It keeps models and data sets with their commits, checks sizes and SHA-256 as the Hub does, knows who may read and
-write, and fails where it is told to:
+It keeps models and data sets with their commits, checks sizes and SHA-256 as the Hub does, checks tokens, and fails on
+demand:
 
     with Hub(folder) as hub:
         hub.faults.append(Fault("PUT /_lfs/", status=503, times=2))
         subprocess.run([...], env=hub.environment(home, WRITE_TOKEN))
         assert hub.log[-1].path.endswith("/commit/main")
 
-All state lies in `folder`, whole after every request, so that a server that was killed comes back with what it had.
-`python tests/hub/server.py --folder F --port P` runs one in the foreground.
+All state lies in `folder` and is complete after every request, so a server that was killed can start again.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -20,15 +18,14 @@ import os
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -133,22 +130,18 @@ class Hub:
     Args:
         folder: Where the state lies; another `Hub` on the same folder continues it.
         port: 0 takes a free one, and keeps it over `stop` and `start`.
-        page: Entries of a tree listing before the client has to ask again.
-        part_bytes: Larger files are uploaded in parts of this size, as the Hub asks for above 5 GB.
 
     Attributes:
         url: The endpoint, for HF_ENDPOINT.
         faults: What shall fail; see `Fault`.
         log: All requests so far.
-        echo: Whether they are printed, too.
     """
 
-    def __init__(self, folder: str | Path, port: int = 0, page: int = 1000, part_bytes: int = 5_000_000_000):
-        self.folder, self.port, self.page, self.part_bytes = Path(folder), port, page, part_bytes
+    def __init__(self, folder: str | Path, port: int = 0):
+        self.folder, self.port = Path(folder), port
         self.accounts = dict(ACCOUNTS)
         self.faults: list[Fault] = []
         self.log: list[Logged] = []
-        self.echo = False
         self.lock = threading.RLock()
         self.connections: set[socket.socket] = set()
         self.server: ThreadingHTTPServer | None = None
@@ -244,8 +237,8 @@ class Hub:
     # What the routes below are made of.
 
     def create(self, repo_type: str, repo_id: str, private: bool) -> None:
-        repo = {"type": repo_type, "id": repo_id, "private": private, "gated": False, "created": _now()}
-        repo |= {"branches": {}, "tags": {}, "commits": {}}
+        repo = {"type": repo_type, "id": repo_id, "private": private, "created": _now()}
+        repo |= {"branches": {}, "commits": {}}
         attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
         tree = {".gitattributes": self.store(attributes.encode(), lfs=False)}
         self.add_commit(repo, "main", tree, "initial commit")
@@ -284,8 +277,8 @@ class Hub:
         return blob.is_file() and blob.stat().st_size == size
 
     def resolve(self, repo: dict[str, Any], revision: str) -> str:
-        """The commit id of a branch, a tag or a commit."""
-        oid = repo["branches"].get(revision) or repo["tags"].get(revision) or revision
+        """The commit id of a branch or a commit."""
+        oid = repo["branches"].get(revision, revision)
         if oid not in repo["commits"]:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return oid
@@ -313,14 +306,6 @@ class Hub:
         repo = self.readable(request, repo_type, repo_id)
         check_role(request.account, repo_id.split("/")[0])
         return repo
-
-    def open_file(self, request: Request, repo: dict[str, Any]) -> None:
-        """Refuse the files of a gated repository; everyone sees what is in it."""
-        if not repo["gated"] or (request.account and request.account["name"] == repo["id"].split("/")[0]):
-            return
-        if request.account is None:
-            raise HubError(401, f"Access to {repo['type']} {repo['id']} is restricted.", "GatedRepo")
-        raise HubError(403, f"Access to {repo['type']} {repo['id']} is restricted.", "GatedRepo")
 
     def fault(self, line: str) -> Fault | None:
         with self.lock:
@@ -416,24 +401,6 @@ def create_repo(request: Request) -> Answer:
     return Answer({"url": url, "name": repo_id, "id": repo_id})
 
 
-def delete_repo(request: Request) -> Answer:
-    asked = request.json()
-    owner, repo_type = asked.get("organization") or "", asked.get("type") or "model"
-    repo = request.hub.writable(request, repo_type, f"{owner}/{asked['name']}")
-    request.hub._repo_file(repo_type, repo["id"]).unlink()
-    return Answer()
-
-
-def settings(request: Request, kind: str, repo_id: str) -> Answer:
-    asked = request.json()
-    with request.hub.lock:
-        repo = request.hub.writable(request, kind, repo_id)
-        if "visibility" in asked:
-            repo["private"] = asked["visibility"] == "private"
-        request.hub.save(repo | {"gated": asked.get("gated", repo["gated"])})
-    return Answer({"private": repo["private"]})
-
-
 def validate_yaml(request: Request) -> Answer:
     metadata = front_matter(request.json()["content"])
     warnings = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
@@ -463,7 +430,6 @@ def repo_info(request: Request, kind: str, repo_id: str, revision: str = "main")
         "author": repo_id.split("/")[0],
         "sha": sha,
         "private": repo["private"],
-        "gated": repo["gated"],
         "disabled": False,
         "downloads": 0,
         "likes": 0,
@@ -479,12 +445,6 @@ def repo_info(request: Request, kind: str, repo_id: str, revision: str = "main")
     return Answer(info)
 
 
-def auth_check(request: Request, kind: str, repo_id: str, write: str | None) -> Answer:
-    repo = (request.hub.writable if write else request.hub.readable)(request, kind, repo_id)
-    request.hub.open_file(request, repo)
-    return Answer({})
-
-
 def list_tree(request: Request, kind: str, repo_id: str, revision: str, folder: str | None) -> Answer:
     repo = request.hub.readable(request, kind, repo_id)
     sha = request.hub.resolve(repo, revision)
@@ -498,46 +458,9 @@ def list_tree(request: Request, kind: str, repo_id: str, revision: str, folder: 
         inside |= {prefix + "/".join(parts[:depth]): None for depth in range(1, len(parts))}
     if request.query.get("recursive", ["false"])[0].lower() not in ("true", "1"):
         inside = {path: entry for path, entry in inside.items() if "/" not in path.removeprefix(prefix)}
-    start = int(request.query.get("cursor", ["0"])[0])
-    shown = [describe_path(path, inside[path]) for path in sorted(inside)[start : start + request.hub.page]]
-    headers = {}
-    if start + request.hub.page < len(inside):
-        query = "&".join(f"{name}={quote(value[0])}" for name, value in request.query.items() if name != "cursor")
-        following = f"{request.hub.url}{request.path}?{query}&cursor={start + request.hub.page}"
-        headers = {"Link": f'<{following}>; rel="next"'}
-    if request.query.get("expand", ["false"])[0].lower() in ("true", "1"):
-        shown = [path | {"lastCommit": _last_commit(repo, sha)} for path in shown]
-    return Answer(shown, headers)
-
-
-def paths_info(request: Request, kind: str, repo_id: str, revision: str) -> Answer:
-    repo = request.hub.readable(request, kind, repo_id)
-    sha = request.hub.resolve(repo, revision)
-    tree = repo["commits"][sha]["tree"]
-    asked = parse_qs(b"".join(request.chunks).decode())
-    shown = []
-    for path in asked.get("paths", []):
-        path = path.strip("/")
-        if path in tree or any(name.startswith(f"{path}/") for name in tree):
-            shown.append(describe_path(path, tree.get(path)) | {"lastCommit": _last_commit(repo, sha)})
-    return Answer(shown)
-
-
-def list_refs(request: Request, kind: str, repo_id: str) -> Answer:
-    repo = request.hub.readable(request, kind, repo_id)
-    return Answer(
-        {
-            "branches": [
-                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid}
-                for name, oid in repo["branches"].items()
-            ],
-            "tags": [
-                {"name": name, "ref": f"refs/tags/{name}", "targetCommit": oid} for name, oid in repo["tags"].items()
-            ],
-            "converts": [],
-            "pullRequests": [],
-        }
-    )
+    last = repo["commits"][sha]
+    told = {"lastCommit": {"id": sha, "title": last["title"], "date": last["date"]}}
+    return Answer([describe_path(path, inside[path]) | told for path in sorted(inside)])
 
 
 def list_commits(request: Request, kind: str, repo_id: str, revision: str) -> Answer:
@@ -549,20 +472,12 @@ def list_commits(request: Request, kind: str, repo_id: str, revision: str) -> An
     return Answer(commits)
 
 
-def change_ref(request: Request, kind: str, repo_id: str, ref: str, name: str) -> Answer:
-    """Create (POST) or delete (DELETE) a branch or a tag; of a new tag `name` is the revision."""
-    asked = request.json() if request.method == "POST" else {}
+def create_branch(request: Request, kind: str, repo_id: str, name: str) -> Answer:
     with request.hub.lock:
         repo = request.hub.writable(request, kind, repo_id)
-        refs = repo["branches" if ref == "branch" else "tags"]
-        if request.method == "DELETE":
-            if refs.pop(name, None) is None:
-                raise HubError(404, f"Reference not found: {name}", "RevisionNotFound")
-        else:
-            new, start = (name, asked.get("startingPoint", "main")) if ref == "branch" else (asked["tag"], name)
-            if new in refs:
-                raise HubError(409, f"Reference already exists: {new}")
-            refs[new] = request.hub.resolve(repo, start)
+        if name in repo["branches"]:
+            raise HubError(409, f"Reference already exists: {name}")
+        repo["branches"][name] = request.hub.resolve(repo, request.json().get("startingPoint", "main"))
         request.hub.save(repo)
     return Answer({})
 
@@ -589,15 +504,8 @@ def lfs_batch(request: Request, kind: str | None, repo_id: str) -> Answer:
         objects.append({"oid": oid, "size": size})
         if hub.has_object(oid, size):
             continue
-        href, header = f"{hub.url}/_lfs/{oid}/{size}", {}
-        if size > hub.part_bytes:
-            parts = -(-size // hub.part_bytes)
-            header = {"chunk_size": str(hub.part_bytes)} | {
-                str(part): f"{href}/part/{part}" for part in range(1, parts + 1)
-            }
-            href += "/complete"
         verify = {"href": f"{hub.url}/api/{kind}s/{repo['id']}/lfs/verify"}
-        objects[-1]["actions"] = {"upload": {"href": href, "header": header}, "verify": verify}
+        objects[-1]["actions"] = {"upload": {"href": f"{hub.url}/_lfs/{oid}/{size}", "header": {}}, "verify": verify}
     return Answer({"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
 
 
@@ -605,23 +513,6 @@ def lfs_put(request: Request, oid: str, size: str) -> Answer:
     """Like the storage behind the Hub, this trusts the address alone, and takes nothing but the promised bytes."""
     _receive(request.chunks, request.hub.folder / "blobs" / oid, int(size), oid)
     return Answer()
-
-
-def lfs_put_part(request: Request, oid: str, size: str, part: str) -> Answer:
-    first = (int(part) - 1) * request.hub.part_bytes
-    expected = min(request.hub.part_bytes, int(size) - first)
-    (request.hub.folder / "parts").mkdir(exist_ok=True)
-    sha256 = _receive(request.chunks, request.hub.folder / "parts" / f"{oid}.{part}", expected)
-    return Answer(headers={"ETag": f'"{sha256}"'})
-
-
-def lfs_complete(request: Request, oid: str, size: str) -> Answer:
-    parts = [request.hub.folder / "parts" / f"{oid}.{part['partNumber']}" for part in request.json()["parts"]]
-    chunks = (chunk for part in parts for chunk in _read(part, 0, part.stat().st_size))
-    _receive(chunks, request.hub.folder / "blobs" / oid, int(size), oid)
-    for part in parts:
-        part.unlink()
-    return Answer({})
 
 
 def lfs_verify(request: Request, kind: str, repo_id: str) -> Answer:
@@ -634,8 +525,6 @@ def lfs_verify(request: Request, kind: str, repo_id: str) -> Answer:
 
 def commit(request: Request, kind: str, repo_id: str, revision: str) -> Answer:
     hub = request.hub
-    if "create_pr" in request.query:
-        raise HubError(400, "This Hub has no pull requests")
     lines = [json.loads(line) for line in b"".join(request.chunks).splitlines()]
     with hub.lock:
         repo = hub.writable(request, kind, repo_id)
@@ -654,12 +543,9 @@ def commit(request: Request, kind: str, repo_id: str, revision: str) -> Answer:
                 if not blob.is_file() or size not in (None, blob.stat().st_size):
                     raise HubError(400, f"LFS pointer of {value['path']} points to a file that does not exist")
                 tree[value["path"]] = lfs_entry(value["oid"], blob.stat().st_size)
-            elif line["key"] in ("deletedFile", "deletedFolder"):
-                path = value["path"].rstrip("/")
-                gone = [name for name in tree if name == path or name.startswith(f"{path}/")]
-                if not gone:
-                    raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-                tree = {name: entry for name, entry in tree.items() if name not in gone}
+            elif line["key"] == "deletedFile":
+                if tree.pop(value["path"], None) is None:
+                    raise HubError(404, f"A file with this name doesn't exist: {value['path']}", "EntryNotFound")
             else:
                 raise HubError(400, f"Unknown operation {line['key']!r}")
         if head.get("parentCommit") not in (None, repo["branches"][revision]):
@@ -672,10 +558,9 @@ def commit(request: Request, kind: str, repo_id: str, revision: str) -> Answer:
 def resolve_file(request: Request, kind: str | None, repo_id: str, revision: str, path: str) -> Answer:
     hub = request.hub
     repo = hub.readable(request, (kind or "models")[:-1], repo_id)
-    hub.open_file(request, repo)
     sha = hub.resolve(repo, revision)
     entry = repo["commits"][sha]["tree"].get(path)
-    headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+    headers = {"X-Repo-Commit": sha, "Accept-Ranges": "none"}
     if entry is None:
         error = HubError(404, "Entry not found", "EntryNotFound")
         error.headers |= headers
@@ -683,16 +568,7 @@ def resolve_file(request: Request, kind: str | None, repo_id: str, revision: str
     headers |= {"ETag": f'"{entry["sha256" if entry["lfs"] else "oid"]}"', "Content-Type": "application/octet-stream"}
     if entry["lfs"]:
         headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(entry["size"])}
-    size = entry["size"]
-    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range") or "")
-    if not asked or not any(asked.groups()):
-        return Answer((hub.blob(entry), 0, size), headers)
-    first, last = (int(asked[1]), int(asked[2] or size - 1)) if asked[1] else (size - int(asked[2]), size - 1)
-    first, last = max(first, 0), min(last, size - 1)
-    if first > last:
-        return Answer(b"", headers | {"Content-Range": f"bytes */{size}"}, 416)
-    headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-    return Answer((hub.blob(entry), first, last - first + 1), headers, 206)
+    return Answer((hub.blob(entry), entry["size"]), headers)
 
 
 ID = r"(?P<repo_id>[^/]+/[^/]+)"
@@ -702,24 +578,17 @@ ROUTES: list[tuple[str, re.Pattern, Callable[..., Answer]]] = [
     for methods, pattern, route in (
         ("GET", r"/api/whoami-v2", whoami),
         ("POST", r"/api/repos/create", create_repo),
-        ("DELETE", r"/api/repos/delete", delete_repo),
         ("POST", r"/api/validate-yaml", validate_yaml),
         ("GET", API, repo_info),
         ("GET", rf"{API}/revision/(?P<revision>[^/]+)", repo_info),
-        ("PUT", rf"{API}/settings", settings),
-        ("GET", rf"{API}/auth-check(?P<write>/write)?", auth_check),
         ("GET", rf"{API}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", list_tree),
-        ("POST", rf"{API}/paths-info/(?P<revision>[^/]+)", paths_info),
-        ("GET", rf"{API}/refs", list_refs),
         ("GET", rf"{API}/commits/(?P<revision>[^/]+)", list_commits),
-        ("POST DELETE", rf"{API}/(?P<ref>branch|tag)/(?P<name>[^/]+)", change_ref),
+        ("POST", rf"{API}/branch/(?P<name>[^/]+)", create_branch),
         ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", preupload),
         ("POST", rf"{API}/lfs/verify", lfs_verify),
         ("POST", rf"{API}/commit/(?P<revision>[^/]+)", commit),
         ("POST", rf"/((?P<kind>datasets)/)?{ID}\.git/info/lfs/objects/batch", lfs_batch),
         ("PUT", r"/_lfs/(?P<oid>[0-9a-f]{64})/(?P<size>\d+)", lfs_put),
-        ("PUT", r"/_lfs/(?P<oid>[0-9a-f]{64})/(?P<size>\d+)/part/(?P<part>\d+)", lfs_put_part),
-        ("POST", r"/_lfs/(?P<oid>[0-9a-f]{64})/(?P<size>\d+)/complete", lfs_complete),
         ("GET HEAD", rf"/((?P<kind>datasets)/)?{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve_file),
     )
 ]
@@ -763,8 +632,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(answer)
         except (Cut, ConnectionError):
             self.entry.cut = self.close_connection = True
-        if self.hub.echo:
-            print(json.dumps(asdict(self.entry)), flush=True)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
@@ -816,7 +683,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send(self, answer: Answer) -> None:
         body = answer.body
-        file, first, size = body if isinstance(body, tuple) else (None, 0, 0)
+        file, size = body if isinstance(body, tuple) else (None, 0)
         if file is None:
             body = body if isinstance(body, bytes) else json.dumps(body).encode()
             size = len(body)
@@ -827,7 +694,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(size))
         self.end_headers()
         if self.command != "HEAD":
-            for chunk in [body] if file is None else _read(file, first, size):
+            for chunk in [body] if file is None else _read(file):
                 while chunk:
                     part = chunk[: self.allowance(self.entry.sent)]
                     self.wfile.write(part)
@@ -869,11 +736,9 @@ def _receive(chunks: Iterator[bytes], path: Path, size: int, sha256: str | None 
     return found.hexdigest()
 
 
-def _read(path: Path, first: int, size: int) -> Iterator[bytes]:
+def _read(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        file.seek(first)
-        while size and (chunk := file.read(min(size, CHUNK))):
-            size -= len(chunk)
+        while chunk := file.read(CHUNK):
             yield chunk
 
 
@@ -887,10 +752,6 @@ def _pointer_size(entry: dict[str, Any]) -> int:
     return len(lfs_pointer(entry["sha256"], entry["size"]))
 
 
-def _last_commit(repo: dict[str, Any], oid: str) -> dict[str, str]:
-    return {"id": oid, "title": repo["commits"][oid]["title"], "date": repo["commits"][oid]["date"]}
-
-
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
@@ -900,29 +761,3 @@ def _shut(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:  # the other end was faster
         return
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", required=True, help="where the state lies, and lay before")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument(
-        "--fault", action="append", default=[], help='as JSON: \'{"match": "PUT /_lfs/", "status": 503, "times": 2}\''
-    )
-    options = parser.parse_args()
-    hub = Hub(options.folder, options.port)
-    hub.faults = [Fault(**json.loads(fault)) for fault in options.fault]
-    hub.echo = True
-    hub.start()
-    print(f"HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1", flush=True)
-    for token, account in ACCOUNTS.items():
-        print(f"HF_TOKEN={token}  # {account['name']}, {account['role']}", flush=True)
-    try:
-        while hub.server is not None:
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        hub.stop()
-
-
-if __name__ == "__main__":
-    main()
