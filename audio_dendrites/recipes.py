@@ -1,10 +1,14 @@
-"""The dataclasses a recipe fills, and how YAML and command line become one resolved configuration.
+"""The dataclasses that a recipe fills, and how YAML and the command line become one resolved configuration.
 
-A recipe is a flat YAML file: `TrainingArguments` fields by their own names beside ours. `inherits: other.yaml` starts
-from another recipe. Every value, from YAML or command line, passes through the same parser, so both give the same
-types and the same errors.
+A recipe is a flat YAML file with the fields of `TrainingArguments` and of this project. `inherits: other.yaml` starts
+from another recipe. Values from YAML and from the command line pass through the same parser, so both get the same types
+and the same errors.
+
+Each numeric field has a range in interval notation: in its metadata, or in
+`RANGES_OF_TRAINING_ARGUMENTS`. `check_values` is the only place that compares values with ranges.
 """
 
+import argparse
 import copy
 import dataclasses
 import difflib
@@ -19,6 +23,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 
 from audio_dendrites.errors import UserError
@@ -26,148 +31,203 @@ from audio_dendrites.files import written_whole
 
 SPLITS = ("train", "validation", "test")
 LISTS = ("validation_list", "test_list")
-SCORES = ("accuracy", "macro_f1", "mAP")  # of an evaluation; of multi-label clips mAP alone
+SCORES = ("accuracy", "macro_f1", "mAP")  # of an evaluation; multi-label clips have mAP alone
+
+SEEDS = "[0, 4294967295]"  # NumPy's
+RANGES_OF_TRAINING_ARGUMENTS = {
+    "(0, inf)": "adam_epsilon eval_steps num_train_epochs save_steps",
+    "[0, inf)": "dataloader_num_workers eval_delay learning_rate local_rank max_grad_norm neftune_noise_alpha "
+    "warmup_steps weight_decay",
+    "[1, inf)": "dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout eval_accumulation_steps "
+    "gradient_accumulation_steps max_steps per_device_eval_batch_size per_device_train_batch_size "
+    "torch_empty_cache_steps",
+    "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor",
+    SEEDS: "data_seed seed",
+}
+INHERITED = {name: interval for interval, names in RANGES_OF_TRAINING_ARGUMENTS.items() for name in names.split()}
+
+
+def range_of(entry: dataclasses.Field) -> str | None:
+    """The range of a numeric field in interval notation, such as "[0, 1)"; None for other fields."""
+    return entry.metadata.get("range") or INHERITED.get(entry.name)
+
+
+def check_values(part: Any) -> None:
+    """Check that the numbers of a dataclass lie in their ranges and that no text is empty.
+
+    None and a field's default always pass. The range of a list holds for each of its elements. NaN is in no range.
+
+    Raises:
+        UserError: A value is not allowed.
+    """
+    for entry in dataclasses.fields(part):
+        value, interval = getattr(part, entry.name), range_of(entry)
+        if value == entry.default:
+            continue
+        if value == "":
+            raise UserError(f"{entry.name} must be at least one character, got ''; null unsets it")
+        numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int | float)]
+        if interval and not all(_is_inside(number, interval) for number in numbers):
+            # A default outside the range stands for "not set", such as -1 for max_steps.
+            unset = isinstance(entry.default, int | float) and not _is_inside(entry.default, interval)
+            allowed = f"{interval} or {entry.default}" if unset else interval
+            raise UserError(f"{entry.name} must be in {allowed}, got {value}")
+
+
+def _is_inside(number: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    return above and below
+
+
+def option(default: Any, text: str, interval: str | None = None) -> Any:
+    """A dataclass field with its help and, if it is numeric, its range."""
+    return field(default=default, metadata={"help": text, "range": interval})
 
 
 @dataclass
 class DataArguments:
-    """Which clips, and how they are divided."""
+    """Which clips to use, and how to divide them into train, validation and test."""
 
     _argument_group_name = "data"
 
-    dataset: str = field(
-        default="synthetic",
-        metadata={
-            "help": "Hub id, Parquet or CSV file, folder of Parquet files or of class folders, or 'synthetic' "
-            "(generated, embedded)."
-        },
+    dataset: str = option(
+        "synthetic",
+        "Hub id, Parquet or CSV file, folder of Parquet files, folder of class folders, or "
+        "'synthetic' for the generated data set.",
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration (subset) of the Hub data set, where it has several."}
+    dataset_config: str | None = option(None, "Configuration (subset) of the Hub data set, if it has several.")
+    dataset_dir: str | None = option(
+        None, "Subfolder of the repository to load, for repositories that hold several data sets."
     )
-    dataset_dir: str | None = field(
-        default=None, metadata={"help": "Folder in the data set's, where each of several data sets has its own."}
+    dataset_revision: str | None = option(None, "Commit, tag or branch of the Hub data set. Local data ignore it.")
+    dataset_split: str | None = option(
+        None, "Split with all clips, which folds, shares or lists divide. Default: train."
     )
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Commit, tag or branch of the Hub data set; ignored for local data."}
+    audio_column: str = option(
+        "audio", "Column with the sounds, or with the paths of sound files, relative to the table."
     )
-    dataset_split: str | None = field(
-        default=None, metadata={"help": "Split that holds all clips to be divided; left out: train."}
+    label_column: str = option(
+        "label", "Column with class names or ids. If it has lists of them, the clips are multi-label."
     )
-    audio_column: str = field(
-        default="audio", metadata={"help": "Column with the audio (bytes), or with paths relative to the file."}
+    label_separator: str | None = option(
+        None, "Text that separates the class names in a cell, if clips are multi-label and have no lists."
     )
-    label_column: str = field(
-        default="label", metadata={"help": "Column with class names or ids; with lists of them, clips are multi-label."}
+    clip_column: str | None = option(
+        None, "Column with a unique name for each clip. Default: the path of the sound, or the row number."
     )
-    label_separator: str | None = field(
-        default=None, metadata={"help": "What stands between the class names of a multi-label clip, where no lists do."}
+    group_column: str | None = option(
+        None, "Column with the source recording of a clip. A recording in two splits is a leak."
     )
-    clip_column: str | None = field(
-        default=None,
-        metadata={"help": "Column that names a clip; left out: its path where there is one, or row number."},
+    labels: list[str] | None = option(
+        None, "Class names in the order of the model's outputs. Default: all in the training clips, sorted."
     )
-    group_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with the source recording; one that stands in two splits is a leak."},
+    drop_labels: list[str] | None = option(
+        None, "Classes to leave out. Clips of these classes alone are left out as well."
     )
-    labels: list[str] | None = field(
-        default=None, metadata={"help": "Class names in the model's order; default: all found, sorted."}
+    fold_column: str | None = option(None, "Column with the official fold. Default: fold.")
+    train_folds: list[str] | None = option(None, "Folds to train on. Default: 1 to 8.")
+    validation_folds: list[str] | None = option(None, "Folds that choose the checkpoint. Default: 9.")
+    test_folds: list[str] | None = option(None, "Folds to score once, at the end. Default: 10.")
+    train_split: str | None = option(None, "Instead of folds: the data set's own split to train on.")
+    validation_split: str | None = option(
+        None, "Instead of folds: the data set's own split that chooses the checkpoint."
     )
-    drop_labels: list[str] | None = field(
-        default=None, metadata={"help": "Classes to leave out, with their clips; of a clip of several, just the label."}
+    test_split: str | None = option(None, "Instead of folds: the data set's own split to score once, at the end.")
+    split_shares: list[float] | None = option(
+        None,
+        "Instead of folds: shares of train, validation and test, for example 0.8 0.1 0.1. Whole source "
+        "recordings are drawn at random, stratified by class.",
+        "(0, 1)",
     )
-    fold_column: str | None = field(default=None, metadata={"help": "Column with the official fold; left out: fold."})
-    train_folds: list[str] | None = field(default=None, metadata={"help": "Folds to train on; left out: 1 to 8."})
-    validation_folds: list[str] | None = field(
-        default=None, metadata={"help": "Folds that choose the checkpoint; left out: 9."}
+    split_seed: int | None = option(
+        None, "Seed for split_shares. The seed of the training does not matter. Default: 0.", SEEDS
     )
-    test_folds: list[str] | None = field(
-        default=None, metadata={"help": "Folds scored once, at the end; left out: 10."}
+    validation_list: str | None = option(
+        None,
+        "Instead of folds: text file with one name of a validation clip in each line. The path is relative "
+        "to the folder of a local data set.",
     )
-    train_split: str | None = field(
-        default=None, metadata={"help": "In place of folds: the data set's own split to train on."}
+    test_list: str | None = option(
+        None, "The same for the test clips. All clips that are in neither list are trained on."
     )
-    validation_split: str | None = field(default=None, metadata={"help": "Its split that chooses the checkpoint."})
-    test_split: str | None = field(default=None, metadata={"help": "Its split scored once, at the end."})
-    split_shares: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "In place of folds: shares of train, validation and test, as 0.8 0.1 0.1; whole source recordings "
-            "are drawn, stratified by class."
-        },
+    drop_leaks: bool = option(False, "Leave out training clips whose source recording is also in validation or test.")
+    on_bad_clip: Literal["error", "skip"] = option(
+        "error", "What to do with clips that are damaged, empty or silent, or that contain NaN."
     )
-    split_seed: int | None = field(
-        default=None, metadata={"help": "With split_shares: its seed, apart from that of the training; left out: 0."}
-    )
-    validation_list: str | None = field(
-        default=None,
-        metadata={
-            "help": "In place of folds: text file with the name of a validation clip a line; its path is relative to "
-            "the folder of a local data set."
-        },
-    )
-    test_list: str | None = field(
-        default=None, metadata={"help": "The same of the test clips; those in neither list are trained on."}
-    )
-    drop_leaks: bool = field(
-        default=False,
-        metadata={"help": "Drop training clips whose source recording also stands in validation or test."},
-    )
-    on_bad_clip: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "What to do with damaged, empty, silent or NaN-bearing clips."}
-    )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that compute features; default: one a core."}
+    preprocessing_num_workers: int | None = option(
+        None, "Processes that compute features. Default: one for each core.", "[1, inf)"
     )
 
     def __post_init__(self):
-        if self.label_separator == "":
-            raise UserError("label_separator: found '', wanted a character or more, or none")
+        check_values(self)
         if self.dataset_dir and self.dataset_config:
-            raise UserError(f"dataset_config: found {self.dataset_config} beside dataset_dir, wanted one of them")
+            raise UserError(
+                f"dataset_dir and dataset_config must not both be set, got {self.dataset_dir!r} and "
+                f"{self.dataset_config!r}; remove one of them"
+            )
+        self._check_labels()
+        self._choose_division()
+        self._check_overlap()
+        self._check_columns()
+
+    def _check_labels(self) -> None:
+        if self.labels is None:
+            return
+        if len(self.labels) < 2:
+            raise UserError(f"labels must name at least two classes, got {self.labels}; null takes all classes found")
+        if twice := sorted({label for label in self.labels if self.labels.count(label) > 1}):
+            raise UserError(f"labels must name each class once, got {', '.join(twice)} several times")
+        if dropped := sorted({*self.labels} & {*(self.drop_labels or [])}):
+            raise UserError(f"labels and drop_labels must not share a class, got {', '.join(dropped)} in both")
+
+    def _choose_division(self) -> None:
+        """Check that the fields name one way to divide the data set, and fill in what that way leaves open."""
         ways = {
             way: [name for name in names if getattr(self, name) is not None]
             for way, names in (
                 ("folds", ("fold_column", *(f"{split}_folds" for split in SPLITS))),
-                ("splits of its own", tuple(f"{split}_split" for split in SPLITS)),
-                ("drawn shares", ("split_shares", "split_seed")),
+                ("own splits", tuple(f"{split}_split" for split in SPLITS)),
+                ("random shares", ("split_shares", "split_seed")),
                 ("lists of clips", LISTS),
             )
         }
         if len(found := {way: names for way, names in ways.items() if names}) > 1:
-            told = "; ".join(f"{', '.join(names)} ({way})" for way, names in found.items())
-            raise UserError(f"found {told}: wanted one way to divide the data set")
-        if ways["splits of its own"]:
+            listed = "; ".join(f"{', '.join(names)} ({way})" for way, names in found.items())
+            raise UserError(f"the recipe must divide the data set in one way only, got {listed}; unset all but one way")
+        if ways["own splits"]:
             self._check_own_splits()
-        elif ways["drawn shares"]:
+        elif ways["random shares"]:
             self._check_shares()
             self.split_seed = self.split_seed or 0
         elif lists := ways["lists of clips"]:
             if missing := [name for name in LISTS if name not in lists]:
-                raise UserError(f"{missing[0]}: found none beside {lists[0]}, wanted a file with names of clips")
+                raise UserError(f"{missing[0]} must be set together with {lists[0]}: a text file with names of clips")
         else:
             self.fold_column = self.fold_column or "fold"
-            self.train_folds = self.train_folds or [str(fold) for fold in range(1, 9)]
-            self.validation_folds = self.validation_folds or ["9"]
-            self.test_folds = self.test_folds or ["10"]
+            for split, default in zip(SPLITS, ([str(fold) for fold in range(1, 9)], ["9"], ["10"]), strict=True):
+                if getattr(self, f"{split}_folds") is None:
+                    setattr(self, f"{split}_folds", default)
+                if not getattr(self, f"{split}_folds"):
+                    raise UserError(f"{split}_folds must name at least one fold, got []")
         if not self.train_split:
             self.dataset_split = self.dataset_split or "train"
-        self._check_overlap()
 
     def _check_own_splits(self) -> None:
-        for split in SPLITS:
-            if getattr(self, f"{split}_split") is None:
-                raise UserError(f"{split}_split: found none, wanted the name of a split, as for the other two")
+        if missing := [split for split in SPLITS if getattr(self, f"{split}_split") is None]:
+            raise UserError(f"{missing[0]}_split must be set if one of the other splits is: the name of a split")
         if self.dataset_split is not None:
-            raise UserError(f"dataset_split: found {self.dataset_split} beside train_split, wanted one of them")
+            raise UserError(
+                f"dataset_split must not be set together with train_split, got {self.dataset_split!r}; remove it"
+            )
 
     def _check_shares(self) -> None:
         shares = self.split_shares or []
-        if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+        if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
             raise UserError(
-                f"split_shares: found {' '.join(map(str, shares)) or 'none'}, wanted three numbers above 0 that sum "
-                "to 1: the shares of train, validation and test"
+                "split_shares must be three numbers that sum to 1 (the shares of train, validation and test), got "
+                f"{' '.join(map(str, shares)) or 'none'}"
             )
 
     def _check_overlap(self) -> None:
@@ -175,12 +235,23 @@ class DataArguments:
         for split in ("validation", "test"):
             if both := sorted(set(self.folds["train"]) & set(self.folds[split])):
                 raise UserError(
-                    f"fold {', '.join(both)} stands in train_{way} and in {split}_{way}: the score would be worthless"
+                    f"train_{way} and {split}_{way} must not overlap, got {', '.join(both)} in both; a score of "
+                    "training clips is worthless"
                 )
+
+    def _check_columns(self) -> None:
+        for field_name in ("clip_column", "group_column"):
+            if getattr(self, field_name) == self.audio_column:
+                setattr(self, field_name, None)  # without a column, the path of the sound is used
+        for one, others in (("label", ("audio", "fold", "clip", "group")), ("fold", ("audio", "clip"))):
+            column = getattr(self, f"{one}_column")
+            for other in others:
+                if column is not None and column == getattr(self, f"{other}_column"):
+                    raise UserError(f"{one}_column and {other}_column must be two columns, got {column!r} for both")
 
     @property
     def folds(self) -> dict[str, list[str]]:
-        """What the clips of `train`, `validation` and `test` have in the index's column `fold`."""
+        """The values in the index's column `fold` that make up `train`, `validation` and `test`."""
         if self.train_split:
             return {split: [getattr(self, f"{split}_split")] for split in SPLITS}
         if self.split_shares or self.test_list:
@@ -190,62 +261,69 @@ class DataArguments:
 
 @dataclass
 class FeatureArguments:
-    """ASTFeatureExtractor's settings; those left out come from the pretrained model, or its defaults."""
+    """Settings of the feature extractor. The default of each is the pretrained model's, or ASTFeatureExtractor's."""
 
     _argument_group_name = "features"
 
-    sampling_rate: int | None = field(default=None, metadata={"help": "Rate in Hz to resample to."})
-    num_mel_bins: int | None = field(default=None, metadata={"help": "Mel bands."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Frames of 10 ms the model sees: 400 for 4 s, 1024 for 10.24 s."}
+    sampling_rate: int | None = option(None, "Sampling rate in Hz to which clips are resampled.", "[1000, inf)")
+    num_mel_bins: int | None = option(None, "Number of mel bands.", "[4, inf)")
+    max_length: int | None = option(
+        None, "Number of frames of 10 ms that the model sees: 400 for 4 s, 1024 for 10.24 s.", "[1, inf)"
     )
-    mean: float | None = field(default=None, metadata={"help": "Log-mel mean, of training folds only."})
-    std: float | None = field(default=None, metadata={"help": "Log-mel standard deviation, of training folds only."})
+    mean: float | None = option(None, "Mean of the log-mel values of the training clips.", "(-inf, inf)")
+    std: float | None = option(None, "Standard deviation of the log-mel values of the training clips.", "(0, inf)")
+
+    def __post_init__(self):
+        check_values(self)
 
 
 @dataclass
 class AugmentationArguments:
-    """What a collator of `data_collator` does to a training batch; evaluation gets none of it."""
+    """How a collator of `data_collator` changes training batches. Evaluation batches are left as they are."""
 
     _argument_group_name = "augmentation"
 
-    random_crop: bool = field(
-        default=True, metadata={"help": "Random window of longer clips, random place of shorter."}
+    random_crop: bool = option(True, "Take a random window of longer clips, and put shorter clips at a random place.")
+    time_roll: int = option(0, "Roll each clip by a random number of frames up to this, either way.", "[0, inf)")
+    filter_gain: float = option(
+        0.0,
+        "Largest gain of a random filter, in normalised units: 10 dB are ln(10) / (2 * std), about 0.25.",
+        "[0, inf)",
     )
-    time_roll: int = field(default=0, metadata={"help": "Roll each clip by up to so many frames, either way."})
-    filter_gain: float = field(
-        default=0.0,
-        metadata={"help": "Random filter of up to so much gain, normalised; 10 dB are ln(10) / (2 * std), about 0.25."},
+    frequency_shift: int = option(0, "Shift by a random number of mel bands up to this, up or down.", "[0, inf)")
+    time_mask: int = option(0, "SpecAugment: longest time mask in frames. 0 turns it off.", "[0, inf)")
+    time_masks: int = option(1, "SpecAugment: number of time masks in each clip.", "[0, inf)")
+    frequency_mask: int = option(0, "SpecAugment: widest frequency mask in mel bands. 0 turns it off.", "[0, inf)")
+    frequency_masks: int = option(1, "SpecAugment: number of frequency masks in each clip.", "[0, inf)")
+    mixup_alpha: float = option(0.0, "Mixup draws its weights from Beta(alpha, alpha). 0 turns it off.", "[0, inf)")
+    mixup_probability: float = option(1.0, "Share of the clips that mixup mixes with another clip.", "[0, 1]")
+    gain: float = option(
+        0.0, "Largest random change of loudness in decibels, up or down. Waveform models only.", "[0, 100]"
     )
-    frequency_shift: int = field(default=0, metadata={"help": "Up or down by up to so many mel bands."})
-    time_mask: int = field(default=0, metadata={"help": "SpecAugment: longest time mask in frames; 0: none."})
-    time_masks: int = field(default=1, metadata={"help": "SpecAugment: time masks a clip."})
-    frequency_mask: int = field(default=0, metadata={"help": "SpecAugment: widest mask in mel bands; 0: none."})
-    frequency_masks: int = field(default=1, metadata={"help": "SpecAugment: frequency masks a clip."})
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup weights come from Beta(alpha, alpha); 0: none."})
-    mixup_probability: float = field(default=1.0, metadata={"help": "Share of clips that are mixed with another."})
-    gain: float = field(
-        default=0.0, metadata={"help": "Louder or softer by up to so many decibels; waveform models only."}
+    noise: float = option(
+        0.0,
+        "Largest level of white noise: a share of a waveform's RMS or, for spectrograms, in the units of the "
+        "model's input (AST's authors use 0.1).",
+        "[0, inf)",
     )
-    noise: float = field(
-        default=0.0,
-        metadata={
-            "help": "White noise of up to so much: of a waveform's RMS or, on spectrograms, in the units of the "
-            "model's input, where AST has 0.1."
-        },
-    )
+
+    def __post_init__(self):
+        check_values(self)
 
     def settings(self, waveform: bool) -> dict[str, Any]:
         """The collator's settings.
 
+        Args:
+            waveform: Whether the model takes waveforms, not spectrograms.
+
         Raises:
-            UserError: One is asked for that only the other kind of input has.
+            UserError: A field is set that only the other kind of input has.
         """
         alien = ("filter_gain", "frequency_shift") if waveform else ("gain",)
         for name in alien:
             if value := getattr(self, name):
                 raise UserError(
-                    f"{name}: found {value}, wanted none with waveform: {str(waveform).lower()}; it changes "
+                    f"{name} must be 0 with waveform: {str(waveform).lower()}, got {value}; it changes "
                     f"{'spectrograms' if waveform else 'waveforms'} before the model gets them"
                 )
         return {name: value for name, value in vars(self).items() if name not in alien}
@@ -253,200 +331,208 @@ class AugmentationArguments:
 
 @dataclass
 class ModelArguments:
-    """Which network, what of it is trained, and how fast."""
+    """Which network to train, which of its parts, and how fast each part learns."""
 
     _argument_group_name = "model"
 
-    architecture: Literal["ast", "vit", "cnn14"] | None = field(
-        default=None,
-        metadata={"help": "Family of the network; left out: that of `model`, or ast. An ast also starts from a ViT."},
+    architecture: Literal["ast", "vit", "cnn14"] | None = option(
+        None, "Family of the network. An ast can also start from a ViT. Default: that of `model`, or ast."
     )
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Hub id or folder of a pretrained AST, DeiT, ViT or CNN14; left out: random weights."},
+    model: str | None = option(
+        None, "Hub id or folder of a pretrained AST, DeiT, ViT or CNN14. Default: random weights."
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the Hub model."})
-    model_config: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Configuration fields to set, as JSON on the command line: '{\"time_stride\": 16}'."},
+    model_revision: str | None = option(None, "Commit, tag or branch of the Hub model.")
+    model_config: dict[str, Any] | str | None = option(
+        None, "Fields of the model's configuration, as JSON on the command line: '{\"time_stride\": 16}'."
     )
-    waveform: bool = field(
-        default=False, metadata={"help": "The model gets waveforms and computes the spectrogram on its device."}
+    waveform: bool = option(False, "The model takes waveforms and computes the spectrogram on its device.")
+    trainable_filters: bool = option(False, "Train the mel filters with the rest of the model. Needs `waveform`.")
+    attn_implementation: str | None = option(
+        None, "sdpa, eager, flash_attention_2, … Default: the choice of transformers."
     )
-    trainable_filters: bool = field(
-        default=False, metadata={"help": "With `waveform`: the mel filters are trained with the rest."}
+    unfreeze_last_layers: int | None = option(
+        None, "Train only the last N layers and the head. Default: all layers.", "[0, inf)"
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager, flash_attention_2 …; left out: the library chooses."}
+    patchout_time: int = option(
+        0, "Patchout: number of columns of patches to drop from each training batch.", "[0, inf)"
     )
-    unfreeze_last_layers: int | None = field(
-        default=None, metadata={"help": "Train only the last N layers and the head; left out: everything."}
+    patchout_frequency: int = option(
+        0, "Patchout: number of rows of patches to drop from each training batch.", "[0, inf)"
     )
-    patchout_time: int = field(
-        default=0, metadata={"help": "Patchout: in training, drop so many columns of patches from a batch."}
+    head_learning_rate: float | None = option(
+        None, "Learning rate of the classification head. Default: learning_rate.", "[0, inf)"
     )
-    patchout_frequency: int = field(
-        default=0, metadata={"help": "Patchout: in training, drop so many rows of patches from a batch."}
-    )
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the classification head; left out: learning_rate."}
-    )
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "Each layer below the head learns at this share of the one above."}
-    )
+    layer_decay: float = option(1.0, "Ratio of a layer's learning rate to that of the layer above it.", "(0, 1]")
 
     def __post_init__(self):
+        check_values(self)
         self.model_config = _mapping("model_config", self.model_config)
 
 
 @dataclass
 class DendriteArguments:
-    """Whether dendrites grow; the fields of the block are `PAIConfig`'s, in pai_callback.py."""
+    """Whether dendrites grow. The fields of the block `pai` are those of `PAIConfig` in pai_callback.py."""
 
     _argument_group_name = "dendrites"
 
-    pai: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Grow dendrites: PAIConfig fields, as JSON on the command line: '{\"max_dendrites\": 2}'; "
-            "left out: the plain model."
-        },
+    pai: dict[str, Any] | str | None = option(
+        None,
+        "Grow dendrites: fields of PAIConfig, as JSON on the command line: '{\"max_dendrites\": 2}'. "
+        "Default: no dendrites.",
     )
-    baseline: bool = field(
-        default=False,
-        metadata={"help": "Train the recipe without dendrites first, into <output_dir>_baseline, and compare the two."},
+    baseline: bool = option(
+        False, "First train the recipe without dendrites, in <output_dir>_baseline; then compare the two."
     )
 
     def __post_init__(self):
+        check_values(self)
         self.pai = _mapping("pai", self.pai)
         if self.baseline and self.pai is None:
-            raise UserError("baseline: found true without a `pai` block, wanted dendrites to compare a baseline with")
+            raise UserError("baseline must be false without a `pai` block, got true; there are no dendrites to compare")
 
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """`TrainingArguments` with `precision` and the defaults of this project."""
+    """`TrainingArguments` with the fields and the defaults of this project."""
 
     _argument_group_name = "training"
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
-        default="auto",
-        metadata={"help": "auto: bf16 where the hardware computes in it, else fp16 on CUDA, else fp32. "
-                  "The flags bf16 and fp16 overrule it."},
-    )  # fmt: skip
-    loss: Literal["auto", "cross_entropy", "bce"] = field(
-        default="auto",
-        metadata={
-            "help": "bce: binary cross-entropy, each class against the rest; auto: cross_entropy, or bce for clips of "
-            "several classes."
-        },
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto",
+        "auto: bf16 if the hardware computes in it, else fp16 on CUDA, else fp32. The flags bf16 and fp16 override it.",
     )
-    distill_from: str | None = field(
-        default=None,
-        metadata={"help": "Finished run folder or Hub id of a teacher, whose scores are mixed into the labels."},
+    loss: Literal["auto", "cross_entropy", "bce"] = option(
+        "auto", "bce is the binary cross-entropy of each class. auto: bce for multi-label clips, else cross_entropy."
     )
-    distillation: float = field(default=0.5, metadata={"help": "With `distill_from`: share of the teacher's scores."})
-    window_overlap: float = field(
-        default=0.5,
-        metadata={"help": "Clips longer than max_length are scored by windows; share of one that the next repeats."},
+    distill_from: str | None = option(
+        None, "Finished run folder or Hub id of a teacher. Its scores are mixed into the labels."
     )
-    window_aggregation: Literal["mean", "max"] = field(
-        default="mean", metadata={"help": "What the windows' logits become those of their clip by."}
+    distillation: float = option(0.5, "Share of the teacher's scores in the labels.", "(0, 1]")
+    window_overlap: float = option(
+        0.5,
+        "Clips longer than max_length are scored in windows. This share of a window overlaps the next one.",
+        "[0, 1)",
     )
-    balanced_sampling: bool = field(
-        default=False, metadata={"help": "Draw training clips with replacement, those of rare classes more often."}
+    window_aggregation: Literal["mean", "max"] = option("mean", "How the logits of a clip's windows are combined.")
+    balanced_sampling: bool = option(False, "Draw training clips with replacement, clips of rare classes more often.")
+    early_stopping_patience: int | None = option(
+        None, "Stop after this number of evaluations without improvement. Default: never.", "[1, inf)"
     )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={"help": "Stop after so many evaluations without a better one; left out: never."},
+    average_checkpoints: int | None = option(
+        None, "End with the mean weights of the last N checkpoints, not with the best checkpoint.", "[2, inf)"
     )
-    average_checkpoints: int | None = field(
-        default=None,
-        metadata={"help": "End with the mean weights of the last N checkpoints, not with the best one's."},
+    ema_decay: float | None = option(
+        None, "Evaluate, and end with, a moving average of the weights. 0.999 averages about 1,000 steps.", "(0, 1)"
     )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "Evaluate, and end with, a moving average of the weights: 0.999 looks back 1,000 steps."},
+    eval_strategy: Literal["no", "steps", "epoch"] = option("epoch", "When to evaluate.")
+    save_strategy: Literal["no", "steps", "epoch", "best"] = option("epoch", "When to save a checkpoint.")
+    logging_steps: float = option(10, "Log every N steps. A number below 1 is a share of the training.", "(0, inf)")
+    save_total_limit: int | None = option(2, "Number of checkpoints to keep. The best one is always kept.", "[1, inf)")
+    load_best_model_at_end: bool = option(True, "End with the best checkpoint.")
+    metric_for_best_model: str | None = option(
+        "accuracy", f"Validation metric that chooses the checkpoint: {', '.join(SCORES)} or loss."
     )
-    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "no, steps, epoch or best."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; under 1: a share."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, beside the best."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
-    metric_for_best_model: str | None = field(
-        default="accuracy", metadata={"help": "Validation metric that chooses the checkpoint."}
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any scheduler of transformers."})
+    lr_scheduler_type: str = option("cosine", "Any scheduler of transformers.")
     report_to: list[str] | None = field(
-        default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, wandb, …, none."}
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "Experiment trackers: tensorboard, wandb, …, or none."},
     )
-    # Without it early stopping forgets, on a resume, how long there was no better evaluation.
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Restore the early stopping's patience on a resume."}
+    # Otherwise early stopping forgets, when a run resumes, how many evaluations brought no improvement.
+    restore_callback_states_from_checkpoint: bool = option(
+        True, "Restore the state of callbacks, such as early stopping, when a run resumes."
     )
-    # The collator needs the row's `draw`, which no model's forward names.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator needs all columns."})
+    # The collator needs a row's `draw`, which is not an argument of any model's forward.
+    remove_unused_columns: bool = option(False, "Must stay false, because the collator needs all columns.")
 
     def __post_init__(self):
-        if not 0 <= self.window_overlap < 1:
-            raise UserError(f"window_overlap: found {self.window_overlap}, wanted 0 to under 1")
-        if not 0 < self.distillation <= 1:
-            raise UserError(f"distillation: found {self.distillation}, wanted above 0, up to 1")
-        metric = self.metric_for_best_model
-        if metric is not None and metric.removeprefix("eval_") not in (*SCORES, "loss"):
-            raise UserError(f"metric_for_best_model: found {metric}, wanted {', '.join(SCORES)} or loss")
+        check_values(self)
+        self._check_metric()
         self.check_loss(self.loss)
-        if self.balanced_sampling and self.train_sampling_strategy != "random":
-            raise UserError(
-                f"train_sampling_strategy: found {self.train_sampling_strategy} beside balanced_sampling: wanted random"
-            )
+        self._check_combinations()
+        self._check_averages()
+        for name in self._VALID_DICT_FIELDS:
+            if str(getattr(self, name)).startswith("{"):
+                setattr(self, name, _mapping(name, getattr(self, name)))
+        if self.output_dir is not None:
+            self.output_dir = str(Path(self.output_dir).expanduser())  # without a slash at the end
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
         self.precision = resolve_precision(asked, self.use_cpu)
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
-        # TrainingArguments refuses bf16 without a GPU unless it is told that the CPU is meant.
+        # TrainingArguments refuses bf16 without a GPU unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.run_name = self.run_name or default_hub_model_id(self.output_dir)
-        if self.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
-            raise UserError("hub_strategy: found all_checkpoints, wanted end, every_save or checkpoint")
         if self.push_to_hub and self.hub_model_id is None:
             self.hub_model_id = default_hub_model_id(self.output_dir)
-        self._check_averages()
+
+    def _check_metric(self) -> None:
+        if self.metric_for_best_model is None:
+            return
+        self.metric_for_best_model = metric = self.metric_for_best_model.removeprefix("eval_")
+        if metric not in (*SCORES, "loss"):
+            raise UserError(f"metric_for_best_model must be {', '.join(SCORES)} or loss, got {metric!r}")
+        greater = metric != "loss"
+        if self.greater_is_better not in (None, greater):
+            raise UserError(
+                f"greater_is_better must be {str(greater).lower()} for metric_for_best_model: {metric}, got "
+                f"{str(not greater).lower()}; leave it out"
+            )
 
     def check_loss(self, loss: str) -> None:
-        """Whether the other fields fit a loss; what `auto` stands for is only known with the data.
+        """Check that the other fields fit a loss. Only the data tell which loss `auto` means.
 
         Raises:
-            UserError: They do not.
+            UserError: They do not fit.
         """
         if loss == "bce" and self.label_smoothing_factor:
             raise UserError(
-                f"label_smoothing_factor: found {self.label_smoothing_factor}, wanted none with the loss bce"
+                f"label_smoothing_factor must be 0 with loss: bce, got {self.label_smoothing_factor}; it smooths the "
+                "labels of the cross-entropy"
+            )
+
+    def _check_combinations(self) -> None:
+        if self.bf16 and self.fp16:
+            raise UserError("bf16 and fp16 must not both be true; set one of them, or set precision instead")
+        if self.balanced_sampling and self.train_sampling_strategy != "random":
+            raise UserError(
+                "train_sampling_strategy must be random with balanced_sampling: true, got "
+                f"{self.train_sampling_strategy!r}"
+            )
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise UserError(
+                "eval_strategy must be steps or epoch with early_stopping_patience, got 'no'; without evaluations "
+                "nothing can stop the training"
+            )
+        if self.remove_unused_columns:
+            raise UserError("remove_unused_columns must be false, got true; augmentation needs the column `draw`")
+        if self.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
+            raise UserError("hub_strategy must be end, every_save or checkpoint, got 'all_checkpoints'")
+        trackers = get_available_reporting_integrations()
+        if missing := [name for name in self.report_to or [] if name not in (*trackers, "all", "none")]:
+            raise UserError(
+                f"report_to must be none or trackers that are installed here ({', '.join(trackers)}), got "
+                f"{missing[0]!r}; install it or remove it"
             )
 
     def _check_averages(self) -> None:
         count, limit = self.average_checkpoints, self.save_total_limit
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise UserError(f"ema_decay: found {self.ema_decay}, wanted a number between 0 and 1")
         if count is None:
             return
-        if count < 2:
-            raise UserError(f"average_checkpoints: found {count}, wanted 2 or more")
         if self.ema_decay is not None:
-            raise UserError("average_checkpoints and ema_decay both average the weights: choose one of them")
+            raise UserError("average_checkpoints and ema_decay must not both be set: both average the weights")
         if self.save_strategy == "no":
-            raise UserError("average_checkpoints: save_strategy 'no' saves none; wanted epoch or steps")
-        wanted = count + (self.metric_for_best_model is not None)  # the best checkpoint may be an older one
-        if limit is not None and limit < wanted:
+            raise UserError("save_strategy must be epoch or steps with average_checkpoints, got 'no'")
+        needed = count + (self.metric_for_best_model is not None)  # the best checkpoint may be an older one
+        if limit is not None and limit < needed:
             raise UserError(
-                f"average_checkpoints: found {count}, but only {limit} checkpoints are kept; wanted save_total_limit "
-                f"{wanted} or more: the last {count}{' and the best' if wanted > count else ''}"
+                f"save_total_limit must be at least {needed} with average_checkpoints: {count}, got {limit}; the run "
+                f"keeps the last {count} checkpoints{' and the best one' if needed > count else ''}"
             )
 
 
 @dataclass
 class Recipe:
-    """A resolved configuration: what `config.yaml` in the run folder holds."""
+    """A resolved configuration: the contents of `config.yaml` in the run folder."""
 
     data: DataArguments
     features: FeatureArguments
@@ -454,30 +540,30 @@ class Recipe:
     model: ModelArguments
     dendrites: DendriteArguments
     training: RunArguments
-    # Names of the fields that YAML or command line set, beside those of the project's own dataclasses.
-    chosen: frozenset[str] = frozenset()
+    chosen: frozenset[str] = frozenset()  # names of the fields that YAML or the command line set
 
     def __post_init__(self):
         if self.training.ema_decay is not None and self.dendrites.pai is not None:
             raise UserError(
-                "ema_decay: a moving average cannot follow a model that grows dendrites; average_checkpoints can"
+                "ema_decay must not be set together with pai: a moving average cannot follow a model that grows; use "
+                "average_checkpoints"
             )
 
     def baseline(self) -> "Recipe":
-        """The same recipe without dendrites, in a run folder beside."""
+        """The same recipe without dendrites, with a run folder of its own next to this one's."""
         training = copy.copy(self.training)
         training.output_dir = f"{training.output_dir}_baseline"
         training.run_name = f"{training.run_name}_baseline"
-        training.resume_from_checkpoint = None  # the one named has dendrites
+        training.resume_from_checkpoint = None  # that checkpoint has dendrites
         training.hub_model_id = training.hub_model_id and f"{training.hub_model_id}-baseline"
         return dataclasses.replace(self, dendrites=DendriteArguments(), training=training)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields of ours and each field of `TrainingArguments` that was chosen, as plain YAML types."""
+        """All fields of this project and each chosen field of `TrainingArguments`, as plain YAML types."""
         values = {}
         for part in (self.data, self.features, self.augmentation, self.model, self.dendrites):
             values |= dataclasses.asdict(part)
-        elsewhere = set(values) | {"bf16", "fp16", "hub_token"}  # `precision` says the first two
+        elsewhere = set(values) | {"bf16", "fp16", "hub_token"}  # `precision` stands for the first two
         for name in sorted((set(RunArguments.__annotations__) | self.chosen | {"seed", "output_dir"}) - elsewhere):
             value = getattr(self.training, name)
             values[name] = value.value if isinstance(value, Enum) else value
@@ -486,71 +572,108 @@ class Recipe:
 
 
 def resolve_precision(asked: str, use_cpu: bool = False) -> str:
-    """What the hardware here computes in.
+    """The precision to train in on this machine.
 
     Args:
         asked: auto, fp32, bf16 or fp16.
-        use_cpu: Whether a GPU, if there is one, is left alone.
+        use_cpu: Whether to train on the CPU even if there is a GPU.
 
     Returns:
         fp32, bf16 or fp16.
 
     Raises:
-        UserError: The hardware lacks the precision asked for.
+        UserError: The hardware does not have the precision that the recipe asks for.
     """
     cuda = torch.cuda.is_available() and not use_cpu
     if cuda:
         bf16, fp16 = torch.cuda.is_bf16_supported(including_emulation=False), True
         hardware = torch.cuda.get_device_name()
     else:
-        # bf16 autocast runs on any CPU; only with these instructions is it faster than fp32.
+        # Any CPU runs bf16 autocast, but it is faster than fp32 only with these instructions.
         bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fp16, hardware = False, "a CPU"
     if asked == "auto":
         return "bf16" if bf16 else "fp16" if fp16 else "fp32"
     if asked == "fp16" and not fp16:
-        raise UserError(f"precision: found fp16, which needs a CUDA GPU; this is {hardware}: use bf16, fp32 or auto")
+        raise UserError(f"precision must be bf16, fp32 or auto on {hardware}, got 'fp16'; fp16 needs a CUDA GPU")
     if asked == "bf16" and cuda and not bf16:
         raise UserError(
-            f"precision: found bf16, which {hardware} lacks (Ampere or newer has it): use fp16, fp32 or auto"
+            f"precision must be fp16, fp32 or auto on {hardware}, got 'bf16'; bf16 needs an Ampere GPU or a newer one"
         )
     return asked
 
 
 def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    """A field that is a block in YAML and JSON on the command line."""
+    """The value of a field that is a block in YAML and JSON on the command line."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise UserError(f"{name}: found {value!r}, wanted a JSON object ({error})") from error
+            raise UserError(f"{name} must be a JSON object, got {value!r} ({error})") from error
     if value is not None and not isinstance(value, dict):
-        raise UserError(f"{name}: found {value!r}, wanted a mapping of its fields")
+        raise UserError(f"{name} must be a mapping of fields to values, got {value!r}")
     return value
 
 
 PARTS = (DataArguments, FeatureArguments, AugmentationArguments, ModelArguments, DendriteArguments, RunArguments)
+WORDINGS = (  # argparse's, and this project's
+    (r"argument --(\w+)\S*:", r"\1:"),
+    (": invalid int value: ", " must be an integer, got "),
+    (": invalid float value: ", " must be a number, got "),
+    (r": invalid choice: (.*) \(choose from (.*)\)", r" must be one of \2, got \1"),
+    (": Truthy value expected: got (.*) but .*", r" must be true or false, got '\1'"),
+    (": expected one argument", " must have a value"),
+)
 
 
 class _RecipeParser(HfArgumentParser):
-    """Errors name the field, the value found and the type wanted, instead of printing two hundred options."""
+    """A parser with short errors that name the field, with ranges in the help, and with `--field null`."""
 
     source = "command line"
 
+    @staticmethod
+    def _parse_dataclass_field(parser: HfArgumentParser, entry: dataclasses.Field) -> None:
+        entry = copy.copy(entry)
+        text = {name: value for name, value in entry.metadata.items() if name != "range"}
+        if interval := range_of(entry):
+            text["help"] += f" Range: {interval}."
+        entry.metadata = text
+        HfArgumentParser._parse_dataclass_field(parser, entry)
+        if parser._actions[-1].nargs == "+":
+            parser._actions[-1].nargs = "*"  # a list may be empty
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        return action.default if arg_strings == ["null"] else super()._get_values(action, arg_strings)
+
     def error(self, message: str):
-        message = re.sub(r"argument --([\w]+)\S*:", r"\1:", message)
-        message = re.sub(r"invalid (\w+) value: (.*)", r"found \2, wanted \1", message)
+        for found, wording in WORDINGS:
+            message = re.sub(found, wording, message)
         raise UserError(f"{self.source}: {message}")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which only true and false are booleans, so that `eval_strategy: no` is a word, and no key is repeated."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if first in "tTfF" or not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is set twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def parse_recipe(argv: list[str]) -> Recipe:
-    """Read a recipe and what the command line changes of it.
+    """Read a recipe and the changes that the command line makes to it.
 
     Args:
-        argv: `[recipe.yaml] [--field value ...]`, as `sys.argv[1:]`.
+        argv: `[recipe.yaml] [--field value ...]`, as `sys.argv[1:]`. The value null unsets a field.
 
     Raises:
-        UserError: Unknown or mistyped fields, a missing file.
+        UserError: A file is missing, a field is unknown, or a value is not allowed.
     """
     parser = _RecipeParser(
         PARTS,
@@ -559,19 +682,20 @@ def parse_recipe(argv: list[str]) -> Recipe:
         allow_abbrev=False,
     )
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    parser.set_defaults(output_dir=default_output_dir(path))
     recipe = read_yaml(path) if path else {}
     tokens = list(_as_tokens(recipe, parser, path))
     parser.source = path or parser.source
-    parser.parse_args(tokens)  # so that what the file has wrong is said of the file
+    parser.parse_args(tokens)  # so that errors in the file name the file
     parser.source = _RecipeParser.source
     overrides = argv[bool(path) :]
     try:
         *parts, unknown = parser.parse_args_into_dataclasses(
-            ["--output_dir", default_output_dir(path), *tokens, *overrides],
-            return_remaining_strings=True,
-            look_for_args_file=False,
+            [*tokens, *overrides], return_remaining_strings=True, look_for_args_file=False
         )
-    except ValueError as error:  # TrainingArguments' own checks
+    except UserError:
+        raise
+    except ValueError as error:  # a check of TrainingArguments
         raise UserError(str(error)) from error
     if unknown:
         raise UserError(f"command line: unknown field {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), parser)}")
@@ -580,27 +704,46 @@ def parse_recipe(argv: list[str]) -> Recipe:
     return Recipe(*parts, chosen=frozenset((named | set(recipe)) & known))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe's fields, those it inherits included; a field set to null is as one left out.
+def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The fields of a recipe and of the recipes that it inherits from.
+
+    Nested mappings are merged with the inherited ones. A field or a key that is set to null is removed.
+
+    Args:
+        path: The recipe.
+        heirs: The recipes that inherit from it, the first one first.
 
     Raises:
-        UserError: The file is missing, is not YAML, or is not one mapping.
+        UserError: The file is missing, is not YAML, is not a mapping, or inherits from itself.
     """
+    chain = (*heirs, path)
+    if path.resolve() in [heir.resolve() for heir in heirs]:
+        raise UserError(f"inherits must not lead in a circle, got {' → '.join(map(str, chain))}")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"recipe {path}: {error.strerror}; the recipes are in configs/") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise UserError(f"recipe {path}: found {type(recipe).__name__}, wanted lines of `field: value`")
-    if base := recipe.pop("inherits", None):
-        recipe = read_yaml(path.parent / base) | recipe
-    return {key: value for key, value in recipe.items() if value is not None}
+        raise UserError(f"recipe {path} must consist of lines `field: value`, got {type(recipe).__name__}")
+    base = recipe.pop("inherits", None)
+    if not isinstance(base, str | None):
+        raise UserError(f"{path}: inherits must be the path of one recipe, got {base!r}")
+    return _merged(read_yaml(path.parent / base, chain) if base else {}, recipe)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the changes: mappings are merged key by key, and null removes a key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        inherited = base.get(key) if isinstance(base.get(key), dict) else {}
+        merged[key] = _merged(inherited, value) if isinstance(value, dict) else value
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def default_output_dir(path: Path | None) -> str:
-    """runs/urbansound8k/ast for configs/urbansound8k/ast.yaml: a recipe has a run folder of its own."""
+    """The run folder of a recipe: runs/urbansound8k/ast for configs/urbansound8k/ast.yaml."""
     if path is None:
         return "runs/default"
     parts = path.with_suffix("").parts
@@ -616,24 +759,31 @@ def default_hub_model_id(output_dir: str) -> str:
 
 
 def write_yaml(recipe: Recipe, path: Path) -> None:
-    """Save the resolved recipe, such that `train.py <path>` is the same run."""
+    """Save the resolved recipe. `train.py <path>` is then the same run."""
     with written_whole(path) as beside:
         beside.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _as_tokens(recipe: dict[str, Any], parser: HfArgumentParser, path: Path | None) -> Iterator[str]:
+    """The fields of a YAML file as the words of a command line."""
     actions = {action.dest: action for action in parser._actions}
     for key, value in recipe.items():
         if key not in actions or key == "help":
-            raise UserError(f"{path}: unknown field {key!r}{_nearest(key, parser)}")
-        if isinstance(value, list):
-            if actions[key].nargs != "+":
-                raise UserError(f"{path}: {key}: found the list {value}, wanted one value")
-            yield from (f"--{key}", *map(str, value))
+            raise UserError(f"{path}: unknown field {key!r}{_nearest(str(key), parser)}")
+        if not isinstance(value, list):
+            yield f"--{key}={_as_word(value)}"
+        elif actions[key].nargs != "*":
+            raise UserError(f"{path}: {key} must be one value, got the list {value}")
+        elif any(one is None or isinstance(one, list | dict) for one in value):
+            raise UserError(f"{path}: {key} must be a list of plain values, got {value}")
         else:
-            yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
+            yield from (f"--{key}", *map(_as_word, value))
+
+
+def _as_word(value: Any) -> str:
+    return json.dumps(value, default=str) if isinstance(value, dict | bool) else str(value)
 
 
 def _nearest(key: str, parser: HfArgumentParser) -> str:
     near = difflib.get_close_matches(key, [action.dest for action in parser._actions], n=1)
-    return f"; did you mean {near[0]!r}?" if near else " (train.py --help names them all)"
+    return f"; did you mean {near[0]!r}?" if near else " (train.py --help lists all fields)"
