@@ -1,13 +1,14 @@
-"""Write files whole and readable, and say what to do when the disk fails."""
+"""Write files whole and readable, say what to do when the disk fails, and find damaged files."""
 
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from audio_dendrites.errors import UserError
 
@@ -44,6 +45,20 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def damaged_file(folder: Path) -> str | None:
+    """The first JSON or safetensors file of a folder that cannot be read, and why; None if there is none."""
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            else:
+                with safe_open(path, framework="pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"{path.name} is damaged ({error})"
+    return None
 
 
 def set_default_mode(*paths: Path) -> None:

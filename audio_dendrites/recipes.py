@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,12 +23,15 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from datasets import ReadInstruction
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.files import written_whole
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 LISTS = ("validation_list", "test_list")
@@ -66,19 +70,24 @@ def check_values(part: Any) -> None:
             continue
         if value == "":
             raise UserError(f"{entry.name} must be at least one character, got ''; null unsets it")
-        numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int | float)]
-        if interval and not all(_is_inside(number, interval) for number in numbers):
-            # A default outside the range stands for "not set", such as -1 for max_steps.
-            unset = isinstance(entry.default, int | float) and not _is_inside(entry.default, interval)
-            allowed = f"{interval} or {entry.default}" if unset else interval
-            raise UserError(f"{entry.name} must be in {allowed}, got {value}")
+        if interval is not None:
+            check_range(entry.name, value, interval)
 
 
-def _is_inside(number: float, interval: str) -> bool:
+def check_range(name: str, value: Any, interval: str) -> None:
+    """Check that a number, or each number of a list, lies in a range; other values pass.
+
+    Raises:
+        UserError: A number does not.
+    """
     low, high = (float(end) for end in interval[1:-1].split(","))
-    above = number >= low if interval[0] == "[" else number > low
-    below = number <= high if interval[-1] == "]" else number < high
-    return above and below
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        above = number >= low if interval[0] == "[" else number > low
+        below = number <= high if interval[-1] == "]" else number < high
+        if not (above and below):
+            raise UserError(f"{name} must be in {interval}, got {value}")
 
 
 def option(default: Any, text: str, interval: str | None = None) -> Any:
@@ -232,11 +241,13 @@ class DataArguments:
 
     def _check_overlap(self) -> None:
         way = "split" if self.train_split else "folds"
+        train = self.folds["train"]
         for split in ("validation", "test"):
-            if both := sorted(set(self.folds["train"]) & set(self.folds[split])):
+            held_out = self.folds[split]
+            if _share_rows(train[0], held_out[0]) if self.train_split else set(train) & set(held_out):
                 raise UserError(
-                    f"train_{way} and {split}_{way} must not overlap, got {', '.join(both)} in both; a score of "
-                    "training clips is worthless"
+                    f"train_{way} and {split}_{way} must not overlap, got {', '.join(train)} and "
+                    f"{', '.join(held_out)}; a score of training clips is worthless"
                 )
 
     def _check_columns(self) -> None:
@@ -257,6 +268,25 @@ class DataArguments:
         if self.split_shares or self.test_list:
             return {split: [split] for split in SPLITS}
         return {split: getattr(self, f"{split}_folds") for split in SPLITS}
+
+
+def _share_rows(one: str, other: str) -> bool:
+    """Whether two splits of a data set overlap, such as train and train[90%:]; each split may have any length."""
+
+    def parts(split: str) -> list[tuple[str, int, int]]:
+        lengths = dict.fromkeys(re.findall(r"(?:^|\+)\s*([\w.]+)", split), 10**9)
+        try:
+            return [
+                (part.splitname, part.from_, part.to) for part in ReadInstruction.from_spec(split).to_absolute(lengths)
+            ]
+        except ValueError:  # the name of a folder
+            return [(split, 0, 10**9)]
+
+    return any(
+        name == other_name and start < other_end and other_start < end
+        for name, start, end in parts(one)
+        for other_name, other_start, other_end in parts(other)
+    )
 
 
 @dataclass
@@ -513,6 +543,15 @@ class RunArguments(TrainingArguments):
                 f"report_to must be none or trackers that are installed here ({', '.join(trackers)}), got "
                 f"{missing[0]!r}; install it or remove it"
             )
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        steps = super().get_warmup_steps(num_training_steps)
+        if steps >= num_training_steps:
+            logger.warning(
+                "warmup_steps should be less than the %d steps of the training, got %d: the learning rate never "
+                "reaches its full value.", num_training_steps, steps,
+            )  # fmt: skip
+        return steps
 
     def _check_averages(self) -> None:
         count, limit = self.average_checkpoints, self.save_total_limit

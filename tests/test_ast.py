@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,8 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassificati
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.ast import resample_position_embeddings
-from audio_dendrites.models.loading import learning_rates, load_extractor, load_model
-from audio_dendrites.recipes import FeatureArguments, ModelArguments
+from audio_dendrites.models.loading import check_model, learning_rates, load_extractor, load_model, load_teacher
+from audio_dendrites.recipes import FeatureArguments, ModelArguments, parse_recipe
 
 LABELS = ["a", "b", "c"]
 
@@ -112,6 +115,12 @@ def test_random_weights_have_no_zero_embeddings():
         ({"model_config": {"width": 3}}, 160, "model_config: found width, wanted fields of ASTConfig: attention"),
         ({"model_config": {"max_length": 3}}, 160, "max_length and num_mel_bins are fields of the recipe"),
         ({"model_config": {"hidden_size": "big"}}, 160, "model_config: .*'hidden_size'.*expected int, got str"),
+        ({"model_config": {"num_attention_heads": 7}}, 160, "multiple of num_attention_heads, got 768 and 7"),
+        ({"model_config": {"num_attention_heads": 0}}, 160, r"num_attention_heads must be in \[1, inf\), got 0"),
+        ({"model_config": {"hidden_dropout_prob": 1.0}}, 160, r"hidden_dropout_prob must be in \[0, 1\), got 1.0"),
+        ({"model_config": {"initializer_range": -0.1}}, 160, r"initializer_range must be in \(0, inf\), got -0.1"),
+        ({"model_config": {"hidden_act": "tahn"}}, 160, "hidden_act must be one of .*tanh.*, got 'tahn'"),
+        ({"architecture": "vit", "model_config": {"image_size": 8}}, 160, "at least patch_size, got 8 and 16"),
         ({}, 12, "max_length: found 12, wanted at least one patch, 16"),
         ({"model": "nowhere"}, 160, "(?s)'nowhere'.*audio_dendrites.data download RECIPE.*--model FOLDER"),
         ({"unfreeze_last_layers": 13}, 160, "unfreeze_last_layers: found 13, wanted 0 to 12"),
@@ -173,10 +182,34 @@ def test_the_extractor_comes_from_the_model_and_the_recipe_changes_it(pretrained
     assert load_extractor(ModelArguments(), FeatureArguments()).max_length == 1024
 
 
-@pytest.mark.parametrize("field", ["sampling_rate", "num_mel_bins", "max_length", "std"])
-def test_a_senseless_feature_setting_is_an_error(field):
-    with pytest.raises(UserError, match=f"{field}: found 0, wanted a number above 0"):
-        load_extractor(ModelArguments(), FeatureArguments(**{field: 0}))
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_damaged_file_of_a_model_folder_is_named(pretrained, file):
+    path = Path(pretrained[0], file)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    arguments = ModelArguments(model=pretrained[0])
+    with pytest.raises(UserError, match=f"model: .*{file} is damaged"):
+        load_model(LABELS, arguments, load_extractor(arguments, FeatureArguments()))
+    with pytest.raises(UserError, match=f"distill_from: .*{file} is damaged"):
+        load_teacher(pretrained[0], LABELS, BatchedASTFeatureExtractor(max_length=160), "cross_entropy")
+
+
+def test_a_folder_without_a_model_is_said(tmp_path):
+    with pytest.raises(UserError, match="model: the model folder .* cannot be loaded: it has no config.json"):
+        load_extractor(ModelArguments(model=str(tmp_path)), FeatureArguments())
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("time_mask", "time_mask must be at most 80, the max_length of the model's input, got 129"),
+        ("frequency_mask", "frequency_mask must be at most 128, the num_mel_bins"),
+        ("frequency_shift", "frequency_shift must be at most 128, the num_mel_bins"),
+    ],
+)
+def test_an_augmentation_wider_than_the_input_is_an_error(field, message):
+    recipe = parse_recipe([f"--{field}=129", "--model_config", json.dumps(TINY_AST)])
+    with pytest.raises(UserError, match=message):
+        check_model(recipe, BatchedASTFeatureExtractor(max_length=80))
 
 
 def test_patchout_drops_whole_rows_and_columns_behind_the_position_embeddings():
@@ -211,7 +244,7 @@ def test_a_model_trained_with_patchout_is_saved_as_any_other(tmp_path):
     assert again.config.to_diff_dict().keys().isdisjoint({"patchout_time", "patchout_frequency"})
 
 
-@pytest.mark.parametrize(("field", "count"), [("patchout_time", 10), ("patchout_frequency", 8), ("patchout_time", -1)])
+@pytest.mark.parametrize(("field", "count"), [("patchout_time", 10), ("patchout_frequency", 8)])
 def test_patchout_leaves_something(field, count):
     with pytest.raises(UserError, match=f"{field}: found {count}, wanted 0 to"):
         load_ast(LABELS, ModelArguments(model_config=TINY_AST, **{field: count}), 160)

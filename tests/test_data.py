@@ -48,13 +48,15 @@ def test_class_ids_get_the_names_the_data_set_has(tmp_path):
     assert index["label"].tolist() == ["zebra", "ant"]
 
 
-def test_classes_are_sorted_whatever_the_order_of_the_rows(tones):
+def test_classes_are_sorted_whatever_the_order_of_the_rows(tones, caplog):
     _, index = load_clips(arguments(tones))
     splits = split_by_fold(index, arguments(tones))
     assert class_names(index, splits, arguments(tones)) == ["high", "low"]
     backwards = index.iloc[::-1].reset_index(drop=True)
     assert class_names(backwards, split_by_fold(backwards, arguments(tones)), arguments(tones)) == ["high", "low"]
     assert class_names(index, splits, arguments(tones, labels=["low", "high"])) == ["low", "high"]
+    class_names(index, splits, arguments(tones, labels=["low", "high", "rare"]))
+    assert "no training clip has the label rare" in caplog.text
 
 
 def test_splits_are_the_folds_in_the_order_of_the_names(tones):
@@ -96,7 +98,7 @@ def test_choosing_on_the_test_fold_is_said(tones, caplog):
         ({"group_column": "fsID"}, "group_column: .* has no column 'fsID'"),
         ({"train_folds": ["1", "7"]}, r"train_folds: no clip in fold 7; .* has 1 \(8 clips\), 2 \(8 clips\), 3"),
         ({"labels": ["low", "middle"]}, "train clips have the label 'high', which is not among low, middle"),
-        ({"label_column": "fold"}, "validation clips have the label '2', which is not among 1"),
+        ({"label_column": "recording", "group_column": None}, "validation clips have the label '4', '5', '6', '7'"),
     ],
 )
 def test_bad_data_is_an_error_that_says_what_there_is(tones, changes, message):
@@ -133,7 +135,7 @@ def test_bad_clips_are_all_named_or_skipped_and_listed(caplog):
 
 def test_features_do_not_depend_on_how_clips_are_labelled(tones):
     by_kind, _ = load_clips(arguments(tones))
-    by_fold, _ = load_clips(arguments(tones, label_column="fold", group_column=None))
+    by_fold, _ = load_clips(arguments(tones, label_column="recording", group_column=None))
     assert by_kind._fingerprint == by_fold._fingerprint
 
 
@@ -236,7 +238,7 @@ def test_one_of_several_data_sets_of_a_folder(tones, tmp_path):
     assert len(load_clips(arguments(tmp_path / "all", dataset_dir="v2"))[1]) == 6
     with pytest.raises(UserError, match="dataset_dir: .*all has no folder v3"):
         load_clips(arguments(tmp_path / "all", dataset_dir="v3"))
-    with pytest.raises(UserError, match="dataset_config: found x beside dataset_dir"):
+    with pytest.raises(UserError, match="dataset_dir and dataset_config must not both be set, got 'v2' and 'x'"):
         arguments(tmp_path / "all", dataset_dir="v2", dataset_config="x")
 
 
@@ -305,20 +307,17 @@ def test_lists_of_clips_and_classes_that_are_dropped(class_folders):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"test_list": "test.txt"}, "validation_list: found none beside test_list"),
-        ({"test_list": "test.txt", "train_folds": ["1"]}, "train_folds .folds.; test_list .lists of clips.: wanted"),
-        (
-            {"split_shares": [0.8, 0.1, 0.1], "train_folds": ["1"]},
-            "train_folds .folds.; split_shares .drawn shares.: wan",
-        ),
+        ({"test_list": "test.txt"}, "validation_list must be set together with test_list"),
+        ({"test_list": "test.txt", "train_folds": ["1"]}, "got train_folds .folds.; test_list .lists of clips.; unset"),
+        ({"split_shares": [0.8, 0.1, 0.1], "train_folds": ["1"]}, "train_folds .folds.; split_shares .random shares.;"),
         ({"train_split": "train", "fold_column": "fold"}, "fold_column .folds.; train_split"),
-        ({"train_split": "train", "test_split": "test"}, "validation_split: found none"),
-        ({"split_shares": [0.8, 0.1]}, "split_shares: found 0.8 0.1, wanted three"),
-        ({"split_shares": [0.8, 0.3, -0.1]}, "wanted three numbers above 0"),
-        ({"split_seed": 3}, "split_shares: found none"),
+        ({"train_split": "train", "test_split": "test"}, "validation_split must be set if"),
+        ({"split_shares": [0.8, 0.1]}, "split_shares must be three numbers that sum to 1 .*, got 0.8 0.1"),
+        ({"split_shares": [0.8, 0.3, -0.1]}, r"split_shares must be in \(0, 1\), got \[0.8, 0.3, -0.1\]"),
+        ({"split_seed": 3}, "split_shares must be three numbers .*, got none"),
         (
             {"train_split": "a", "validation_split": "b", "test_split": "c", "dataset_split": "train"},
-            "dataset_split: found train beside train_split",
+            "dataset_split must not be set together with train_split, got 'train'",
         ),
     ],
 )
@@ -340,3 +339,51 @@ def test_clips_without_a_label_or_a_path_are_an_error(tmp_path):
     with pytest.raises(UserError, match="train_split: .*x.csv has no splits of its own"):
         splits = {"train_split": "a", "validation_split": "b", "test_split": "c"}
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv"), **splits))
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Writes a table of the given rows, and gives what loads it; `filename` is the path of a sound."""
+    rows = [
+        {"filename": f"{row}.wav", "name": f"n{row}", "category": "dog" if row % 2 else "rain", "fold": 1 + row // 2}
+        for row in range(6)
+    ]
+
+    def write(*more, **fields):
+        DataFrame(rows + list(more)).to_csv(tmp_path / "clips.csv", index=False)
+        columns = {"audio_column": "filename", "label_column": "category"}
+        folds = {"train_folds": ["1"], "validation_folds": ["2"], "test_folds": ["3"]}
+        return DataArguments(
+            **{"dataset": str(tmp_path / "clips.csv"), **columns, **folds, "on_bad_clip": "skip", **fields}
+        )
+
+    return write
+
+
+def test_the_column_of_paths_may_also_name_the_clips_and_the_recordings(table):
+    for field in ("clip_column", "group_column"):
+        clips, index = load_clips(table(**{field: "filename"}))
+        assert clips.column_names == ["filename"] and index["clip"].tolist() == [f"{row}.wav" for row in range(6)]
+        assert index["group"].equals(index["clip"])
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "message"),
+    [
+        (
+            {"filename": "1.wav", "category": "rain"},
+            {},
+            "audio_column: .*/1.wav in the rows 1, 6 .*label dog and rain[.]",
+        ),
+        ({"filename": "./1.wav", "category": "dog"}, {}, "audio_column: .*/1.wav in the rows 1, 6 .*label dog[.]"),
+        ({"filename": "6.wav", "name": "n1"}, {"clip_column": "name"}, "clip_column: .* got n1 in the rows 1, 6"),
+    ],
+)
+def test_a_clip_in_two_rows_is_an_error_that_names_it(table, row, fields, message):
+    with pytest.raises(UserError, match=message):
+        load_clips(table({"category": "dog", "fold": 3} | row, **fields))
+
+
+def test_a_clip_in_two_rows_may_have_one_of_them_dropped(table):
+    twice = {"filename": "1.wav", "category": "unsure", "fold": 3}
+    assert len(load_clips(table(twice, drop_labels=["unsure"]))[1]) == 6

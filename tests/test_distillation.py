@@ -106,5 +106,5 @@ def test_a_teacher_that_does_not_fit_is_an_error_before_the_features(run):
     teacher = str(run("waves", **CNN14, **waves))
     with pytest.raises(UserError, match="hears other features than the recipe's: max_length is 80, wanted 96"):
         run("student", distill_from=teacher, **waves | {"max_length": 96})
-    with pytest.raises(UserError, match="distillation: found 0.0, wanted above 0, up to 1"):
+    with pytest.raises(UserError, match=r"distillation must be in \(0, 1\], got 0.0"):
         RunArguments("x", distillation=0.0)

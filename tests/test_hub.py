@@ -332,7 +332,7 @@ def test_a_run_folder_has_a_repository_of_its_own(output_dir, repo_id):
 
 
 def test_all_checkpoints_is_no_strategy_here():
-    with pytest.raises(UserError, match="hub_strategy: found all_checkpoints, wanted end, every_save or checkpoint"):
+    with pytest.raises(UserError, match="hub_strategy must be end, every_save or checkpoint, got 'all_ch"):
         parse_recipe(["--hub_strategy", "all_checkpoints"])
 
 

@@ -75,7 +75,10 @@ def test_binary_cross_entropy_is_the_mean_over_clips_and_classes():
     ("fields", "message"),
     [
         ({"loss": "cross_entropy", "metric_for_best_model": "mAP"}, "loss: found cross_entropy"),
-        ({"label_smoothing_factor": 0.1, "metric_for_best_model": "mAP"}, "label_smoothing_factor: found 0.1"),
+        (
+            {"label_smoothing_factor": 0.1, "metric_for_best_model": "mAP"},
+            "label_smoothing_factor must be 0 with loss: bce",
+        ),
         ({}, "metric_for_best_model: found accuracy, wanted mAP or loss"),
         ({"metric_for_best_model": "eval_macro_f1"}, "metric_for_best_model: found macro_f1"),
     ],

@@ -137,6 +137,7 @@ def test_a_shipped_recipe_runs(path, data, pretrained, tmp_path, monkeypatch):
         "dataset": data[recipe.data.dataset], "output_dir": tmp_path / "run", "max_length": FRAMES, "max_steps": 2,
         "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "precision": "fp32", "report_to": "none",
         "preprocessing_num_workers": 1, "dataloader_num_workers": 0,
+        "time_mask": min(recipe.augmentation.time_mask, FRAMES),
     }  # fmt: skip
     if recipe.model.model:
         options["model"] = pretrained[recipe.model.model]

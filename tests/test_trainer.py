@@ -172,7 +172,7 @@ def test_what_is_wrong_with_the_dendrites_shows_before_the_baseline_is_trained(r
     with pytest.raises(train.PAIError, match="unknown field 'max_dendrite'; did you mean 'max_dendrites'"):
         train.main(parse_recipe([str(recipe(baseline=True, pai={"max_dendrite": 1}))]))
     assert not (tmp_path / "run_baseline").exists()
-    with pytest.raises(UserError, match="baseline: found true without a `pai` block"):
+    with pytest.raises(UserError, match="baseline must be false without a `pai` block, got true"):
         parse_recipe([str(recipe(baseline=True))])
 
 
@@ -293,8 +293,13 @@ def test_checkpoints_of_another_recipe_are_not_gone_on_from(recipe, tmp_path):
         run(recipe(num_train_epochs=1), "--learning_rate", "0.5")
     run(recipe(num_train_epochs=1), "--logging_steps", "7")
     (tmp_path / "run" / "config.yaml").unlink()
-    with pytest.raises(UserError, match="which one is not known, as .*run/config.yaml is missing. Choose another"):
+    with pytest.raises(UserError, match="its recipe is unknown, because .*run/config.yaml is missing. Choose another"):
         run(recipe(num_train_epochs=1))
+
+
+def test_a_checkpoint_that_does_not_exist_is_said(recipe):
+    with pytest.raises(UserError, match="resume_from_checkpoint: nowhere: there is no such folder"):
+        run(recipe(num_train_epochs=1), "--resume_from_checkpoint", "nowhere")
 
 
 def test_a_checkpoint_of_another_class_count_is_an_error(recipe, tmp_path):

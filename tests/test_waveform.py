@@ -252,8 +252,8 @@ def test_a_saved_waveform_model_starts_another(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"filter_gain": 0.3}, "filter_gain: found 0.3, wanted none with waveform: true"),
-        ({"waveform": False}, "gain: found 6.0, wanted none with waveform: false"),
+        ({"filter_gain": 0.3}, "filter_gain must be 0 with waveform: true, got 0.3"),
+        ({"waveform": False}, "gain must be 0 with waveform: false, got 6.0"),
         ({"waveform": False, "gain": 0, "noise": 0, "trainable_filters": True}, "trainable_filters: found true, but"),
         (
             {"trainable_filters": True, "unfreeze_last_layers": 1},

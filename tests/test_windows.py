@@ -79,7 +79,7 @@ def test_a_window_of_frames_is_what_the_extractor_makes_of_its_samples():
 
 
 def test_an_overlap_of_a_whole_window_is_an_error():
-    with pytest.raises(UserError, match="window_overlap: found 1.0, wanted 0 to under 1"):
+    with pytest.raises(UserError, match=r"window_overlap must be in \[0, 1\), got 1.0"):
         RunArguments("x", window_overlap=1.0)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import (
     Audio,
     ClassLabel,
@@ -25,7 +26,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from huggingface_hub.utils import httpx
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from audio_dendrites.data.splits import drawn_splits, listed_splits, without_labels
 from audio_dendrites.data.synthetic import load_synthetic
@@ -36,15 +37,15 @@ FILES = {".parquet": "parquet", ".csv": "csv"}
 
 
 def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
-    """All clips of a data set: their sound, and what is known of them.
+    """All clips of a data set: their sound, and an index of them.
 
     Returns:
-        The sound, not decoded, in `audio_column` (and the names in `clip_column`, if there is one); and an index, row
-        by row the same clips, with the text columns `clip`, `fold`, `label` (class name, or a list of them where the
-        data set has lists) and `group` (source recording, or the clip itself where no column names one).
+        The sound, not decoded, in `audio_column` (and the names in `clip_column`, if there is one); and the index. Its
+        rows are the same clips. Its text columns are `clip`, `fold`, `label` (a class name, or a list of them if the
+        data set has lists) and `group` (the source recording, or the clip itself if no column names a recording).
 
     Raises:
-        UserError: The data set is unknown or unreachable, or lacks a column.
+        UserError: The data set is unknown or unreachable, lacks a column, or has a clip in two rows.
     """
     clips, splits = _load(arguments)
     fields = ("audio_column", "label_column", "fold_column", "clip_column", "group_column")
@@ -65,6 +66,8 @@ def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
     index.insert(0, "fold", splits)
     if arguments.drop_labels:
         index = without_labels(index, arguments)
+    _check_unique(clips, index, arguments)
+    if arguments.drop_labels:
         clips, index = clips.select(index.index), index.reset_index(drop=True)
     if arguments.split_shares:
         index["fold"] = drawn_splits(index, arguments)
@@ -206,6 +209,33 @@ def _with_sound(clips: Dataset, arguments: DataArguments) -> tuple[Dataset, list
         raise UserError(f"audio_column: {column!r} of {arguments.dataset} holds {kind}, wanted Audio or paths")
     unique = None not in paths and len(set(paths)) == len(paths)
     return clips, paths if unique else [f"{row:06d}" for row in range(len(paths))]
+
+
+def _check_unique(clips: Dataset, index: DataFrame, arguments: DataArguments) -> None:
+    """Check that no sound file and no clip name stands in two rows. Embedded sounds may have the same path.
+
+    Args:
+        clips: All rows.
+        index: Those rows that are used.
+
+    Raises:
+        UserError: A file or a name stands in two rows.
+    """
+    files = [None] * len(clips)
+    if isinstance(clips.features[arguments.audio_column], Audio | dict):
+        chunks = clips.data.column(arguments.audio_column).chunks
+        on_disk = [pc.if_else(chunk.field("bytes").is_null(), chunk.field("path"), None) for chunk in chunks]
+        files = [path for chunk in on_disk for path in chunk.to_pylist()]
+    for field, names in (("audio_column", Series(files)[index.index]), ("clip_column", index["clip"])):
+        twice = names[names.duplicated(keep=False) & names.notna()]
+        if len(twice):
+            rows = twice.index[twice == twice.iloc[0]]
+            labels = sorted({str(label) for label in index["label"][rows]})
+            raise UserError(
+                f"{field}: {arguments.dataset} must have each clip in one row only, got {twice.iloc[0]} in the rows "
+                f"{', '.join(map(str, rows))} with the label {' and '.join(labels)}. Remove all but one of these rows; "
+                "a clip of several classes needs all of them in its one cell"
+            )
 
 
 def _stat(file: str) -> os.stat_result | None:

@@ -63,6 +63,8 @@ def class_names(index: DataFrame, splits: dict[str, np.ndarray], arguments: Data
                 f"labels: {split} clips have the label {', '.join(map(repr, strangers))}, which is not among "
                 f"{', '.join(labels)} ({'as the recipe lists them' if arguments.labels else 'as found in training'})"
             )
+    if unseen := sorted(set(labels) - found["train"]):
+        logger.warning("labels: no training clip has the label %s, so the model cannot learn it.", ", ".join(unseen))
     if len(labels) < 2:
         raise UserError(f"labels: found only {', '.join(labels)}, wanted two classes or more")
     return labels

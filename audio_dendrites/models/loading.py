@@ -3,12 +3,14 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     ASTConfig,
@@ -20,10 +22,12 @@ from transformers import (
     PreTrainedModel,
     ViTConfig,
 )
+from transformers.activations import ACT2FN
 
 from audio_dendrites.data.audio import window_samples
 from audio_dendrites.data.features import BatchedASTFeatureExtractor, Waveforms
 from audio_dendrites.errors import UserError
+from audio_dendrites.files import damaged_file
 from audio_dendrites.models.ast import (
     IMAGE_MODELS,
     add_patchout,
@@ -35,7 +39,7 @@ from audio_dendrites.models.ast import (
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
-from audio_dendrites.recipes import FeatureArguments, ModelArguments, Recipe
+from audio_dendrites.recipes import FeatureArguments, ModelArguments, Recipe, check_range
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +141,6 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Batched
         UserError: The pretrained model has none, or a setting makes no sense.
     """
     settings = {name: value for name, value in vars(features).items() if value is not None}
-    for name in settings.keys() - {"mean"}:
-        if settings[name] <= 0:
-            raise UserError(f"{name}: found {settings[name]}, wanted a number above 0")
     pretrained = None if model.model is None else _pretrained_config(model)
     if isinstance(pretrained, WaveformConfig):
         return _waveforms_of(model, pretrained, settings)
@@ -167,6 +168,10 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
             has no gradient checkpointing.
     """
     recipe.augmentation.settings(recipe.model.waveform)
+    sizes = {"time_mask": "max_length", "frequency_mask": "num_mel_bins", "frequency_shift": "num_mel_bins"}
+    for name, axis in sizes.items():
+        if (value := getattr(recipe.augmentation, name)) > (size := getattr(extractor, axis)):
+            raise UserError(f"{name} must be at most {size}, the {axis} of the model's input, got {value}")
     if recipe.model.trainable_filters and not recipe.model.waveform:
         raise UserError("trainable_filters: found true, but with waveform: false the filters are not in the model")
     if recipe.model.trainable_filters and recipe.model.unfreeze_last_layers is not None:
@@ -234,9 +239,12 @@ def load_teacher(
         # The families are registered here, so that no code of the folder or the Hub is run.
         teacher = AutoModelForAudioClassification.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
         heard = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        damage = damaged_file(Path(name))
         raise UserError(
-            f"distill_from: {name!r} is no finished run folder, and neither the Hub nor the cache gave it: "
+            f"distill_from: the model folder {name} is not whole: {damage}; train or copy it again"
+            if damage
+            else f"distill_from: {name!r} is no finished run folder, and neither the Hub nor the cache gave it: "
             f"{str(error).splitlines()[0]}"
         ) from error
     found, wanted = list(teacher.config.id2label.values()), list(labels)
@@ -319,8 +327,31 @@ def _resolve(
         config = family.config(**settings)
     except StrictDataclassError as error:
         raise UserError(f"model_config: {' '.join(str(error).split())}") from error
+    _check_network(arguments.model_config or {}, config)
     family.check(config, extractor.max_length)
     return family, pretrained, config
+
+
+def _check_network(settings: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    """Check that a network can be built of the recipe's settings and that it can learn.
+
+    Raises:
+        UserError: A setting is out of range, or two do not fit each other.
+    """
+    for name, value in settings.items():
+        default = getattr(type(config), name, None)
+        interval = "[0, 1)" if "dropout" in name else "[1, inf)" if isinstance(default, int) else "(0, inf)"
+        check_range(f"model_config: {name}", value, interval)
+    activation = getattr(config, "hidden_act", None)
+    if isinstance(activation, str) and activation not in ACT2FN:
+        raise UserError(f"model_config: hidden_act must be one of {', '.join(ACT2FN)}, got {activation!r}")
+    heads, patch, image = (getattr(config, name, None) for name in ("num_attention_heads", "patch_size", "image_size"))
+    if heads and config.hidden_size % heads:
+        raise UserError(
+            f"model_config: hidden_size must be a multiple of num_attention_heads, got {config.hidden_size} and {heads}"
+        )
+    if isinstance(image, int) and image < patch:
+        raise UserError(f"model_config: image_size must be at least patch_size, got {image} and {patch}")
 
 
 def _family(arguments: ModelArguments, pretrained: PreTrainedConfig | None) -> Family:
@@ -389,8 +420,9 @@ def _from_pretrained(
             arguments.model, config=config, revision=arguments.model_revision, dtype=torch.float32,
             ignore_mismatched_sizes=True, output_loading_info=True, **settings,
         )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"model: the weights of {arguments.model!r} could not be loaded: {error}") from error
+    except (OSError, SafetensorError) as error:
+        damage = damaged_file(Path(arguments.model))
+        raise UserError(f"model: the weights of {arguments.model!r} cannot be loaded: {damage or error}") from error
 
 
 def _refuse(name: str, lost: set[str]) -> None:
@@ -463,8 +495,12 @@ def _set_up(
 
 def _not_found(arguments: ModelArguments, error: Exception) -> UserError:
     name = arguments.model
+    if (folder := Path(name)).is_dir():
+        missing = None if (folder / "config.json").exists() else "it has no config.json"
+        fault = missing or damaged_file(folder) or str(error).splitlines()[0]
+        return UserError(f"model: the model folder {name} cannot be loaded: {fault}")
     return UserError(
-        f"model: {name!r} (revision {arguments.model_revision or 'main'}) is no model folder, and neither the Hub nor "
-        f"the cache gave it. Without network, fetch it elsewhere with `python -m audio_dendrites.data download RECIPE` "
-        f"and set HF_HOME to the same cache, or give a folder: --model FOLDER. ({str(error).splitlines()[0]})"
+        f"model: {name!r} (revision {arguments.model_revision or 'main'}) is not a folder, and neither the Hub nor the "
+        f"cache has it. Without a network, download it elsewhere with `python -m audio_dendrites.data download RECIPE` "
+        f"and set HF_HOME to that cache, or name a folder: --model FOLDER. ({str(error).splitlines()[0]})"
     )

@@ -35,10 +35,10 @@ class CheckpointError(RuntimeError):
 
 
 def check_run_folder(recipe: Recipe, model: nn.Module) -> None:
-    """Find out before the training whether the run folder is this run's, can be written and will hold the checkpoints.
+    """Check before the training that the run folder is this run's, can be written and has space for the checkpoints.
 
     Raises:
-        UserError: The folder holds a run of another recipe, there is no permission to write, or the disk is too full.
+        UserError: The folder holds a run of another recipe, it cannot be written, or the disk is too full.
     """
     folder, args = Path(recipe.training.output_dir), recipe.training
     try:
@@ -54,27 +54,27 @@ def check_run_folder(recipe: Recipe, model: nn.Module) -> None:
     # A checkpoint holds the weights, their moving average if there is one, and Adam's two moments; one more than the
     # limit exists while the oldest is deleted.
     checkpoint = weights * (1 if args.ema_decay is None else 2) + 2 * trained
-    wanted = weights + ((args.save_total_limit or 1) + 1) * checkpoint
-    if disk.free < wanted:
+    needed = weights + ((args.save_total_limit or 1) + 1) * checkpoint
+    if disk.free < needed:
         raise UserError(
-            f"output_dir: the disk of {folder} has {disk.free / 1e9:.2f} GB left, the run needs about "
-            f"{wanted / 1e9:.2f} GB; free some, choose another --output_dir, or keep fewer with --save_total_limit 1"
+            f"output_dir: the disk of {folder} has {disk.free / 1e9:.2f} GB left, and the run needs about "
+            f"{needed / 1e9:.2f} GB. Free some space, choose another --output_dir, or set --save_total_limit 1"
         )
     holds_run = (folder / "metrics.json").exists() or last_checkpoint(folder)
     if holds_run and args.resume_from_checkpoint is None and (changed := _changes(recipe, folder / "config.yaml")):
         raise UserError(
             f"output_dir: {folder} holds a run of another recipe: {'; '.join(changed)}. Choose another --output_dir, "
-            f"delete that one, or go on from it all the same with --resume_from_checkpoint {folder}/checkpoint-…"
+            f"delete the folder, or resume from it anyway with --resume_from_checkpoint {folder}/checkpoint-…"
         )
 
 
 def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
-    """The checkpoint to go on from: the one the recipe names, else the newest complete one of its run folder.
+    """The checkpoint to resume from: the one that the recipe names, else the newest complete one of its run folder.
 
-    One that is named by a Hub id is fetched into the run folder.
+    A checkpoint on the Hub is downloaded into the run folder.
 
     Raises:
-        UserError: The one named does not exist, is not complete, or is of other classes.
+        UserError: The named checkpoint does not exist, is incomplete, or is of other classes.
     """
     if args.resume_from_checkpoint is None:
         folder = last_checkpoint(Path(args.output_dir))
@@ -94,18 +94,18 @@ def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
     if classes != labels:
         raise UserError(
             f"resume_from_checkpoint: {folder} was trained on {len(classes)} classes ({', '.join(classes)}), "
-            f"the recipe has {len(labels)} ({', '.join(labels)}); --model {folder} starts from its weights"
+            f"the recipe has {len(labels)} ({', '.join(labels)}). To start from its weights, use --model {folder}"
         )
     return str(folder)
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder; one that a kill left half-written is passed over and named."""
+    """The newest complete checkpoint of a run folder. A warning names each incomplete one."""
     return next(whole_checkpoints(output_dir), None)
 
 
 def whole_checkpoints(output_dir: Path) -> Iterator[Path]:
-    """The complete checkpoints of a run folder, newest first; others are passed over and named."""
+    """The complete checkpoints of a run folder, newest first. A warning names each incomplete one."""
     folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         if fault := _fault(folder):
@@ -115,10 +115,10 @@ def whole_checkpoints(output_dir: Path) -> Iterator[Path]:
 
 
 def _changes(recipe: Recipe, saved: Path) -> list[str]:
-    """What the recipe has otherwise than the saved one, of the fields that change a result."""
+    """How the recipe differs from the saved one in the fields that change a result."""
     if not saved.exists():
-        return [f"which one is not known, as {saved} is missing"]
-    defaults = parse_recipe([]).to_dict()  # of what one of them leaves out, perhaps because it is older than the field
+        return [f"its recipe is unknown, because {saved} is missing"]
+    defaults = parse_recipe([]).to_dict()  # for fields that one of them lacks, perhaps because it is older
     then, now = defaults | yaml.safe_load(saved.read_text(encoding="utf-8")), defaults | recipe.to_dict()
     return [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
@@ -128,15 +128,17 @@ def _changes(recipe: Recipe, saved: Path) -> list[str]:
 
 
 def _fault(folder: Path) -> str | None:
-    """What a checkpoint lacks to be resumed from; the Trainer writes `trainer_state.json` last."""
+    """Why a checkpoint cannot be resumed from, or None. The Trainer writes `trainer_state.json` last."""
+    if not folder.is_dir():
+        return "there is no such folder"
     try:
         json.loads((folder / "trainer_state.json").read_text())
         with safe_open(folder / "model.safetensors", framework="pt"):
             pass
     except (OSError, ValueError, SafetensorError) as error:
-        return f"it was not written to its end ({error})"
+        return f"it is incomplete ({error})"
     random_states = list(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
     for path in (folder / "optimizer.pt", folder / "scheduler.pt", *random_states):
         if not zipfile.is_zipfile(path):
-            return f"{path.name} is missing or not whole"
+            return f"{path.name} is missing or damaged"
     return None
