@@ -26,7 +26,7 @@ import yaml
 from datasets import ReadInstruction
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, SchedulerType
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.files import written_whole
@@ -462,7 +462,7 @@ class RunArguments(TrainingArguments):
     metric_for_best_model: str | None = option(
         "accuracy", f"Validation metric that chooses the checkpoint: {', '.join(SCORES)} or loss."
     )
-    lr_scheduler_type: str = option("cosine", "Any scheduler of transformers.")
+    lr_scheduler_type: SchedulerType = option("cosine", "How the learning rate changes over the training.")
     report_to: list[str] | None = field(
         default_factory=lambda: ["tensorboard"],
         metadata={"help": "Experiment trackers: tensorboard, wandb, …, or none."},
@@ -490,7 +490,10 @@ class RunArguments(TrainingArguments):
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
         # TrainingArguments refuses bf16 without a GPU unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            raise UserError(f"TrainingArguments: {error}") from error
         self.run_name = self.run_name or default_hub_model_id(self.output_dir)
         if self.push_to_hub and self.hub_model_id is None:
             self.hub_model_id = default_hub_model_id(self.output_dir)
@@ -533,12 +536,15 @@ class RunArguments(TrainingArguments):
                 "eval_strategy must be steps or epoch with early_stopping_patience, got 'no'; without evaluations "
                 "nothing can stop the training"
             )
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise UserError("dataloader_persistent_workers must be false with dataloader_num_workers: 0, got true")
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must be false, got true; augmentation needs the column `draw`")
         if self.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
             raise UserError("hub_strategy must be end, every_save or checkpoint, got 'all_checkpoints'")
         trackers = get_available_reporting_integrations()
-        if missing := [name for name in self.report_to or [] if name not in (*trackers, "all", "none")]:
+        asked = self.report_to if self.report_to not in (["all"], ["none"], None) else []
+        if missing := [name for name in asked if name not in trackers]:
             raise UserError(
                 f"report_to must be none or trackers that are installed here ({', '.join(trackers)}), got "
                 f"{missing[0]!r}; install it or remove it"
@@ -728,14 +734,9 @@ def parse_recipe(argv: list[str]) -> Recipe:
     parser.parse_args(tokens)  # so that errors in the file name the file
     parser.source = _RecipeParser.source
     overrides = argv[bool(path) :]
-    try:
-        *parts, unknown = parser.parse_args_into_dataclasses(
-            [*tokens, *overrides], return_remaining_strings=True, look_for_args_file=False
-        )
-    except UserError:
-        raise
-    except ValueError as error:  # a check of TrainingArguments
-        raise UserError(str(error)) from error
+    *parts, unknown = parser.parse_args_into_dataclasses(
+        [*tokens, *overrides], return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         raise UserError(f"command line: unknown field {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), parser)}")
     named = {re.sub("^--(no[_-])?", "", word.split("=")[0]).replace("-", "_") for word in overrides}
