@@ -117,6 +117,9 @@ class DataArguments:
     on_bad_clip: Literal["error", "skip"] = field(
         default="error", metadata={"help": "What to do with damaged, empty, silent or NaN-bearing clips."}
     )
+    channel: Literal["mean", "first"] = field(
+        default="mean", metadata={"help": "What becomes of several channels: their mean, or the first one alone."}
+    )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that compute features; default: one a core."}
     )
@@ -201,6 +204,14 @@ class FeatureArguments:
     )
     mean: float | None = field(default=None, metadata={"help": "Log-mel mean, of training folds only."})
     std: float | None = field(default=None, metadata={"help": "Log-mel standard deviation, of training folds only."})
+    convention: Literal["kaldi", "librosa"] | None = field(
+        default=None,
+        metadata={
+            "help": "With `waveform`, the model's log-mel. kaldi: that of ASTFeatureExtractor. librosa: that of PANNs, "
+            "with frames of 32 ms, mel filters from 50 Hz to 14 kHz, decibels, and by default no normalisation (mean "
+            "0, std 0.5). Left out: that of the pretrained model, or kaldi."
+        },
+    )
 
 
 @dataclass
@@ -213,6 +224,13 @@ class AugmentationArguments:
         default=True, metadata={"help": "Random window of longer clips, random place of shorter."}
     )
     time_roll: int = field(default=0, metadata={"help": "Roll each clip by up to so many frames, either way."})
+    roll_padded: bool = field(
+        default=False,
+        metadata={
+            "help": "time_roll rolls the padded window, with its masks and noise, by -time_roll to time_roll - 1 "
+            "frames, as AST's authors do; spectrograms only."
+        },
+    )
     filter_gain: float = field(
         default=0.0,
         metadata={"help": "Random filter of up to so much gain, normalised; 10 dB are ln(10) / (2 * std), about 0.25."},
@@ -222,6 +240,20 @@ class AugmentationArguments:
     time_masks: int = field(default=1, metadata={"help": "SpecAugment: time masks a clip."})
     frequency_mask: int = field(default=0, metadata={"help": "SpecAugment: widest mask in mel bands; 0: none."})
     frequency_masks: int = field(default=1, metadata={"help": "SpecAugment: frequency masks a clip."})
+    mask_value: Literal["mean", "padding"] = field(
+        default="mean",
+        metadata={
+            "help": "SpecAugment: masks hold the mean, 0, or what padding holds, (0 - mean) / (2 * std), as those of "
+            "AST's authors."
+        },
+    )
+    augment_after_norm: bool = field(
+        default=False,
+        metadata={
+            "help": "CNN14 only: masks and then mixup follow the first batch normalisation, and mixup makes one clip "
+            "of two, as PANNs' authors train; a batch of 64 clips becomes 32."
+        },
+    )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup weights come from Beta(alpha, alpha); 0: none."})
     mixup_probability: float = field(default=1.0, metadata={"help": "Share of clips that are mixed with another."})
     gain: float = field(
@@ -241,7 +273,7 @@ class AugmentationArguments:
         Raises:
             UserError: One is asked for that only the other kind of input has.
         """
-        alien = ("filter_gain", "frequency_shift") if waveform else ("gain",)
+        alien = ("filter_gain", "frequency_shift", "roll_padded") if waveform else ("gain",)
         for name in alien:
             if value := getattr(self, name):
                 raise UserError(
@@ -353,6 +385,29 @@ class RunArguments(TrainingArguments):
     window_aggregation: Literal["mean", "max"] = field(
         default="mean", metadata={"help": "What the windows' logits become those of their clip by."}
     )
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Clips of an optimizer step, of all processes together, whatever their number. A process takes at "
+            "most per_device_train_batch_size at once and accumulates gradients over the rest of its share; left out: "
+            "the processes times per_device_train_batch_size times gradient_accumulation_steps.",
+            "range": "[1, inf)",
+        },
+    )
+    lr_step_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply the learning rate by this after lr_step_start epochs, and again after every "
+            "lr_step_every epochs more; needs lr_scheduler_type: constant_with_warmup. Left out: no steps.",
+            "range": "(0, 1]",
+        },
+    )
+    lr_step_start: int = field(
+        default=1, metadata={"help": "With lr_step_decay: epochs before the first step.", "range": "[1, inf)"}
+    )
+    lr_step_every: int = field(
+        default=1, metadata={"help": "With lr_step_decay: epochs between two steps.", "range": "[1, inf)"}
+    )
     balanced_sampling: bool = field(
         default=False, metadata={"help": "Draw training clips with replacement, those of rare classes more often."}
     )
@@ -377,6 +432,10 @@ class RunArguments(TrainingArguments):
         default="accuracy", metadata={"help": "Validation metric that chooses the checkpoint."}
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any scheduler of transformers."})
+    card_note: str | None = field(
+        default=None,
+        metadata={"help": "Text for the model card, as what differs from a published training."},
+    )
     report_to: list[str] | None = field(
         default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, wandb, …, none."}
     )
@@ -400,6 +459,10 @@ class RunArguments(TrainingArguments):
             raise UserError(
                 f"train_sampling_strategy: found {self.train_sampling_strategy} beside balanced_sampling: wanted random"
             )
+        if self.lr_step_decay is not None and self.lr_scheduler_type != "constant_with_warmup":
+            raise UserError(
+                f"lr_scheduler_type must be constant_with_warmup with lr_step_decay, got {self.lr_scheduler_type}"
+            )
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
         self.precision = resolve_precision(asked, self.use_cpu)
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
@@ -412,6 +475,8 @@ class RunArguments(TrainingArguments):
         if self.push_to_hub and self.hub_model_id is None:
             self.hub_model_id = default_hub_model_id(self.output_dir)
         self._check_averages()
+        if self.total_batch_size is not None:
+            self._divide_total_batch()
 
     def check_loss(self, loss: str) -> None:
         """Whether the other fields fit a loss; what `auto` stands for is only known with the data.
@@ -423,6 +488,24 @@ class RunArguments(TrainingArguments):
             raise UserError(
                 f"label_smoothing_factor: found {self.label_smoothing_factor}, wanted none with the loss bce"
             )
+
+    def _divide_total_batch(self) -> None:
+        """Set a process's batch and the accumulation such that an optimizer step takes `total_batch_size` clips."""
+        total, most, processes = self.total_batch_size, self.per_device_train_batch_size, self.world_size
+        share, rest = divmod(total, processes)
+        size = min(most, share)
+        if rest or size < 1 or share % size:
+            raise UserError(
+                f"total_batch_size must be a multiple of the {processes} processes, and the share of each a multiple "
+                f"of per_device_train_batch_size {most} if it is larger, got {total}: change one of the three"
+            )
+        steps = share // size
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise UserError(
+                f"gradient_accumulation_steps must be {steps} for total_batch_size {total}, {processes} processes and "
+                f"per_device_train_batch_size {size}, got {self.gradient_accumulation_steps}: leave it out"
+            )
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = size, steps
 
     def _check_averages(self) -> None:
         count, limit = self.average_checkpoints, self.save_total_limit
@@ -536,6 +619,12 @@ class _RecipeParser(HfArgumentParser):
     """Errors name the field, the value found and the type wanted, instead of printing two hundred options."""
 
     source = "command line"
+
+    @staticmethod
+    def _parse_dataclass_field(parser, entry: dataclasses.Field):
+        entry = copy.copy(entry)
+        entry.metadata = {name: value for name, value in entry.metadata.items() if name != "range"}
+        HfArgumentParser._parse_dataclass_field(parser, entry)
 
     def error(self, message: str):
         message = re.sub(r"argument --([\w]+)\S*:", r"\1:", message)
