@@ -15,7 +15,7 @@ classes more often.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -107,28 +107,39 @@ class SetEpoch(TrainerCallback):
 class SpectrogramCollator:
     """Examples of any length → one batch, in one vectorised pass.
 
-    Examples with a `draw`, a tuple of integers that keys their random numbers, are rolled, placed, filtered, shifted,
-    mixed, masked and made noisy, in this order. Without it short clips are padded at the end and long ones cut
-    there, as ASTFeatureExtractor does.
+    An example with a `draw`, a tuple of integers that keys its random numbers, is rolled, placed, filtered, shifted,
+    mixed, masked and made noisy, in this order. `roll_padded` and `augment_after_norm` change the order. Without a
+    `draw`, a short clip is padded at the end and a long one is cut there, as ASTFeatureExtractor does.
 
     Attributes:
         max_length: Frames of a batch.
-        num_labels: Classes; needed for mixup, whose labels are soft.
-        padding_value: What a padded frame holds: (0 - mean) / (2 * std) for AST, whose extractor pads before it
+        num_labels: Classes. Mixup needs it, because its labels are soft.
+        padding_value: What a padded frame holds: (0 - mean) / (2 * std) for AST, because its extractor pads before it
             normalises.
-        random_crop: Random window of longer clips, random place of shorter ones.
-        time_roll: Roll by up to so many frames, either way (circular).
-        filter_gain: A random filter of up to so much gain or loss, in the units of the spectrogram: piecewise linear
-            over the mel bands between five points (after FilterAugment, Nam et al. 2022, arXiv:2110.03282). It stands
-            for other rooms and microphones. With AST's normalisation 10 dB are ln(10) / (2 * std), 0.25 for AudioSet's.
-        frequency_shift: Up or down by up to so many mel bands; the outermost band fills the gap.
+        random_crop: Take a random window of a longer clip, and put a shorter clip at a random place.
+        time_roll: Most frames to roll by, either way (circular).
+        roll_padded: Roll the padded window with its masks and noise, as the last step, by -time_roll to time_roll - 1
+            frames, as AST's authors do for Speech Commands (github.com/YuanGongND/ast, src/dataloader.py). Off: roll
+            the clip alone, as the first step.
+        filter_gain: Largest gain or loss of a random filter, in the units of the spectrogram. The filter is piecewise
+            linear over the mel bands between five points (after FilterAugment, Nam et al. 2022, arXiv:2110.03282). It
+            imitates other rooms and microphones. With AST's normalisation, 10 dB are ln(10) / (2 * std), which is 0.25
+            for AudioSet.
+        frequency_shift: Most mel bands to shift by, up or down; the outermost band fills the gap.
         time_mask, time_masks: Longest time mask in frames and masks a clip (SpecAugment, Park et al. 2019,
-            arXiv:1904.08779). Masks hold 0, the mean.
+            arXiv:1904.08779). A width is drawn from 0 to `time_mask`. `torchaudio.transforms.TimeMasking(48)` and
+            PANNs' SpecAugmentation draw from 0 to 47: `time_mask` is 47 there.
         frequency_mask, frequency_masks: The same over mel bands.
+        mask_value: What masks hold: mean (0), or padding (`padding_value`). AST's authors mask before they normalise,
+            so their masks hold what their padding holds.
+        augment_after_norm: For models that mask and mix their input themselves, after their first batch normalisation,
+            as PANNs (github.com/qiuqiangkong/audioset_tagging_cnn, pytorch/models.py). The batch then holds
+            `drop_frames`, `drop_bands` and `mixup_weights` for the model. Mixup makes one clip of the two clips 0 and
+            1, of 2 and 3, and so on: a batch of 64 clips has 32 rows of labels.
         mixup_alpha: Mixup (Zhang et al. 2018, arXiv:1710.09412) with weights from Beta(alpha, alpha); 0: none.
         mixup_probability: Share of clips that are mixed with another clip of the batch.
-        noise: Uniform noise from 0 to up to so much, also over padding and masks; AST's authors train Speech Commands
-            with 0.1 (github.com/YuanGongND/ast, src/dataloader.py).
+        noise: Highest level of the noise. The noise of a clip is uniform from 0 to a level, which is drawn from 0 to
+            `noise`; it also covers padding and masks. AST's authors train Speech Commands with 0.1.
     """
 
     max_length: int
@@ -136,12 +147,15 @@ class SpectrogramCollator:
     padding_value: float = 0.0
     random_crop: bool = True
     time_roll: int = 0
+    roll_padded: bool = False
     filter_gain: float = 0.0
     frequency_shift: int = 0
     time_mask: int = 0
     time_masks: int = 1
     frequency_mask: int = 0
     frequency_masks: int = 1
+    mask_value: Literal["mean", "padding"] = "mean"
+    augment_after_norm: bool = False
     mixup_alpha: float = 0.0
     mixup_probability: float = 1.0
     noise: float = 0.0
@@ -159,24 +173,44 @@ class SpectrogramCollator:
 
         Returns:
             `input_values` (batch, max_length, mel bands) float32 and, if the examples have them, `labels`: (batch,)
-            int64, or (batch, num_labels) float32 where they are vectors or mixup is on.
+            int64, or (batch, num_labels) float32 where they are vectors or mixup is on. With `augment_after_norm` also
+            what `_after_norm` adds.
         """
+        examples = self._in_pairs(examples)
         clips = [torch.as_tensor(example["input_values"]) for example in examples]
         draws = self._draw(examples) if "draw" in examples[0] else None
         batch = {"input_values": self._fit(clips, draws)}
         if "labels" in examples[0]:
             batch["labels"] = _labels(examples)
-        if draws is not None:
-            if self.mixup_alpha:
-                batch = self._mixup(batch, draws)
-            values = batch["input_values"]
-            frames, bands = self._masks(draws, values.shape[1], values.shape[2])
-            values.masked_fill_(frames[:, :, None] | bands[:, None, :], 0.0)
-            if self.noise:
-                generators = (np.random.default_rng((*example["draw"], 1)) for example in examples)
-                white = np.stack([generator.random(values.shape[1:], np.float32) for generator in generators])
-                values += (self.noise * draws[:, -1]).float()[:, None, None] * torch.from_numpy(white)
+        if draws is None:
+            return batch
+        if self.mixup_alpha and not self.augment_after_norm:
+            batch = self._mixup(batch, draws)
+        values = batch["input_values"]
+        frames, bands = self._masks(draws, values.shape[1], values.shape[2])
+        if self.augment_after_norm:
+            batch |= self._after_norm(batch, draws, frames, bands)
+        else:
+            values.masked_fill_(frames[:, :, None] | bands[:, None, :], self.mask_level)
+        if self.noise:
+            generators = (np.random.default_rng((*example["draw"], 1)) for example in examples)
+            white = np.stack([generator.random(values.shape[1:], np.float32) for generator in generators])
+            values += (self.noise * draws[:, -1]).float()[:, None, None] * torch.from_numpy(white)
+        if self.roll_padded:
+            roll = _below(draws[:, ROLL], 2 * self.time_roll) - self.time_roll
+            frame = (torch.arange(self.max_length) - roll[:, None]) % self.max_length
+            batch["input_values"] = values.take_along_dim(frame[:, :, None], dim=1)
         return batch
+
+    @property
+    def mask_level(self) -> float:
+        """What masked frames and bands hold."""
+        return self.padding_value if self.mask_value == "padding" else 0.0
+
+    def _in_pairs(self, examples: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Where mixup makes one training clip of two and their number is odd, the first one again at the end."""
+        odd = self.augment_after_norm and self.mixup_alpha and "draw" in examples[0] and len(examples) % 2
+        return [*examples, examples[0]] if odd else examples
 
     def _draw(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
         """Uniform random numbers in [0, 1), (batch, decisions) float64."""
@@ -187,7 +221,7 @@ class SpectrogramCollator:
 
     def _fit(self, clips: list[torch.Tensor], draws: torch.Tensor | None) -> torch.Tensor:
         """Roll, pad or crop to (batch, max_length, bands), then filter and shift."""
-        batch, inside = self._place(clips, draws, self.max_length, self.time_roll)
+        batch, inside = self._place(clips, draws, self.max_length, 0 if self.roll_padded else self.time_roll)
         if draws is not None and self.filter_gain:
             points = self.filter_gain * (2 * draws[:, None, FILTER] - 1)
             batch += nn.functional.interpolate(points, batch.shape[2], mode="linear", align_corners=True).float()
@@ -218,15 +252,37 @@ class SpectrogramCollator:
 
     def _mixup(self, batch: dict[str, torch.Tensor], draws: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each chosen clip with its neighbour in the batch, whose order the sampler has shuffled."""
-        weight = torch.from_numpy(betaincinv(self.mixup_alpha, self.mixup_alpha, draws[:, MIX_WEIGHT].numpy()))
-        weight = torch.where(draws[:, MIX] < self.mixup_probability, weight, 1.0).float()
-        labels = batch["labels"]
-        labels = nn.functional.one_hot(labels, self.num_labels).float() if labels.dim() == 1 else labels
-        values = batch["input_values"]
+        weight, values = self._weights(draws), batch["input_values"]
         return {
             "input_values": _blend(values, weight.view(-1, *[1] * (values.dim() - 1))),
-            "labels": _blend(labels, weight[:, None]),
+            "labels": _blend(self._soft(batch["labels"]), weight[:, None]),
         }
+
+    def _after_norm(
+        self, batch: dict[str, torch.Tensor], draws: torch.Tensor, frames: torch.Tensor, bands: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What the model does with its input after the first batch normalisation.
+
+        Returns:
+            `drop_frames` (batch, frames) and `drop_bands` (batch, bands), bool, to be set to 0. With mixup,
+            `mixup_weights` (batch / 2,), float32, the weights of the clips 0, 2, …, and `labels` (batch / 2,
+            num_labels), mixed by them.
+        """
+        masks = {"drop_frames": frames, "drop_bands": bands}
+        if not self.mixup_alpha:
+            return masks
+        weight, labels = self._weights(draws[0::2]), self._soft(batch["labels"])
+        mixed = weight[:, None] * labels[0::2] + (1 - weight[:, None]) * labels[1::2]
+        return masks | {"mixup_weights": weight, "labels": mixed}
+
+    def _weights(self, draws: torch.Tensor) -> torch.Tensor:
+        """Mixup's weight of each clip, (batch,) float32; 1 for a clip that is not mixed."""
+        weight = torch.from_numpy(betaincinv(self.mixup_alpha, self.mixup_alpha, draws[:, MIX_WEIGHT].numpy()))
+        return torch.where(draws[:, MIX] < self.mixup_probability, weight, 1.0).float()
+
+    def _soft(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (batch, num_labels), float32."""
+        return nn.functional.one_hot(labels, self.num_labels).float() if labels.dim() == 1 else labels
 
     def _masks(self, draws: torch.Tensor, frames: int, bands: int) -> tuple[torch.Tensor, torch.Tensor]:
         """SpecAugment: (batch, frames) and (batch, bands), True where masked; width 0..mask, then a place it fits."""
@@ -245,17 +301,18 @@ class SpectrogramCollator:
 
 @dataclass
 class WaveformCollator(SpectrogramCollator):
-    """The same for examples whose `input_values` are waveforms, (samples,), and for models that make the spectrogram.
+    """The same for waveforms: `input_values` are (samples,), and the model computes the spectrogram.
 
-    Lengths, rolls and masks count in frames of that spectrogram, as in SpectrogramCollator. The masks are handed to the
-    model. A filter and a shift of mel bands would be an error.
+    Lengths, rolls and masks count in frames of that spectrogram, as in SpectrogramCollator. The model gets the masks
+    and applies them. A filter, a shift of mel bands and a roll of the padded window are errors.
 
     Attributes:
-        window_length, hop_length: Samples of a frame, and from one frame to the next; a window of 0 stands for frames
-            centred on every hop.
+        padding_value: What a padded frame of the spectrogram holds, for `mask_value`. Waveforms are padded with 0.
+        window_length, hop_length: Samples of a frame, and from one frame to the next. A window of 0 means that frames
+            are centred on every hop.
         num_mel_bins: Mel bands of the spectrogram.
-        gain: Louder or softer by up to so many decibels.
-        noise: White Gaussian noise of up to so much, as a share of the clip's RMS: 0.1 is 20 dB below it.
+        gain: Most decibels to make a clip louder or softer by.
+        noise: Highest level of white Gaussian noise, as a share of the clip's RMS: 0.1 is 20 dB below it.
     """
 
     window_length: int = 400
@@ -265,8 +322,8 @@ class WaveformCollator(SpectrogramCollator):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.filter_gain or self.frequency_shift:
-            raise ValueError("filter_gain, frequency_shift: need spectrograms, and these are waveforms")
+        if self.filter_gain or self.frequency_shift or self.roll_padded:
+            raise ValueError("filter_gain, frequency_shift, roll_padded: need spectrograms, and these are waveforms")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """One batch.
@@ -277,8 +334,10 @@ class WaveformCollator(SpectrogramCollator):
         Returns:
             `input_values` (batch, samples) float32, 0 where padded, and `attention_mask`, int64, 0 there and 1
             elsewhere; `labels` as SpectrogramCollator's; with a `draw` and masks, `masked_frames` (batch, max_length)
-            and `masked_bands` (batch, num_mel_bins), bool.
+            and `masked_bands` (batch, num_mel_bins), bool, and `mask_value`, float, which they hold. With
+            `augment_after_norm` what `_after_norm` adds takes the place of these three.
         """
+        examples = self._in_pairs(examples)
         clips = [torch.as_tensor(example["input_values"]) for example in examples]
         draws = self._draw(examples) if "draw" in examples[0] else None
         samples = (self.max_length - 1) * self.hop_length + self.window_length
@@ -297,12 +356,14 @@ class WaveformCollator(SpectrogramCollator):
             keys = [(*example["draw"], 1) for example in examples]
             white = np.stack([np.random.default_rng(key).standard_normal(samples, np.float32) for key in keys])
             values += (self.noise * draws[:, NOISE] * rms).float()[:, None] * torch.from_numpy(white) * inside
+        frames, bands = self._masks(draws, self.max_length, self.num_mel_bins)
+        if self.augment_after_norm:
+            return batch | self._after_norm(batch, draws, frames, bands) | {"attention_mask": inside.long()}
         if self.mixup_alpha:
             batch = self._mixup(batch, draws)
             inside = inside | inside.roll(1, 0) & (draws[:, MIX] < self.mixup_probability)[:, None]
         if self.time_mask or self.frequency_mask:
-            frames, bands = self._masks(draws, self.max_length, self.num_mel_bins)
-            batch |= {"masked_frames": frames, "masked_bands": bands}
+            batch |= {"masked_frames": frames, "masked_bands": bands, "mask_value": self.mask_level}
         return batch | {"attention_mask": inside.long()}
 
 

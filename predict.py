@@ -57,10 +57,11 @@ def predict(run: str, files: Sequence[Path]) -> tuple[DataFrame, list[str]]:
             f"{run!r} is no finished run folder and no model of the Hub: {str(error).splitlines()[0]}"
         ) from error
     config, rows, faults = classifier.model.config, [], []
+    rate, channel = classifier.feature_extractor.sampling_rate, getattr(config, "channel", "mean")
     scores = expit if config.problem_type == "multi_label_classification" else softmax
     for file in files:
         try:
-            waveform = load_waveform({"bytes": None, "path": str(file)}, classifier.feature_extractor.sampling_rate)
+            waveform = load_waveform({"bytes": None, "path": str(file)}, rate, channel=channel)
         except BadClip as error:
             faults.append(str(error))
         else:

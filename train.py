@@ -65,6 +65,7 @@ def train(recipe: Recipe) -> None:
 
     model = load_model(labels, recipe.model, extractor)
     model.config.update({"window_overlap": args.window_overlap, "window_aggregation": args.window_aggregation})
+    model.config.update({"channel": recipe.data.channel})  # for predict.py
     if loss == "bce":
         model.config.problem_type = "multi_label_classification"  # so that `pipeline` takes the sigmoid
     check_run_folder(recipe, model)
@@ -80,6 +81,7 @@ def train(recipe: Recipe) -> None:
             recipe.data.audio_column,
             recipe.data.clip_column,
             num_proc=recipe.data.preprocessing_num_workers or cpu_count(),
+            channel=recipe.data.channel,
         )
     splits, skipped = drop_bad_clips(splits, features["error"], recipe.data.on_bad_clip)
     targets = {split: encode_labels(index["label"].iloc[rows], labels) for split, rows in splits.items()}
@@ -130,7 +132,9 @@ def train(recipe: Recipe) -> None:
     predictions = {}
     for split, prefix in {"validation": "eval", "test": "test"}.items():
         rows = splits[split]
-        exact = ExactFeatures(clips.select(rows), targets[split], extractor, recipe.data.audio_column)
+        exact = ExactFeatures(
+            clips.select(rows), targets[split], extractor, recipe.data.audio_column, recipe.data.channel
+        )
         output = trainer.predict_in_fp32(in_windows[split](exact), prefix)
         predictions[split] = predictions_table(index.iloc[rows], output, labels)
     trainer.end_tracking()

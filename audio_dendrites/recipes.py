@@ -103,8 +103,8 @@ class DataArguments:
 
     dataset: str = option(
         "synthetic",
-        "Hub id, Parquet or CSV file, folder of Parquet files, folder of class folders, or "
-        "'synthetic' for the generated data set.",
+        "Hub id, Parquet or CSV file, folder of Parquet files, folder of class folders, unpacked archive of UrbanSound8K "
+        "or ESC-50, or 'synthetic' for the generated data set.",
     )
     dataset_config: str | None = option(None, "Configuration (subset) of the Hub data set, if it has several.")
     dataset_dir: str | None = option(
@@ -116,6 +116,11 @@ class DataArguments:
     )
     audio_column: str = option(
         "audio", "Column with the sounds, or with the paths of sound files, relative to the table."
+    )
+    audio_path: str | None = option(
+        None,
+        "Path of each sound file, made from columns of a local table: 'audio/fold{fold}/{name}.wav'. It is relative to "
+        "the folder of the table or data set. The files become audio_column.",
     )
     label_column: str = option(
         "label", "Column with class names or ids. If it has lists of them, the clips are multi-label."
@@ -165,6 +170,7 @@ class DataArguments:
     on_bad_clip: Literal["error", "skip"] = option(
         "error", "What to do with clips that are damaged, empty or silent, or that contain NaN."
     )
+    channel: Literal["mean", "first"] = option("mean", "Mix channels to their mean, or take the first one.")
     preprocessing_num_workers: int | None = option(
         None, "Processes that compute features. Default: one for each core.", "[1, inf)"
     )
@@ -300,11 +306,28 @@ class FeatureArguments:
     max_length: int | None = option(
         None, "Number of frames of 10 ms that the model sees: 400 for 4 s, 1024 for 10.24 s.", "[1, inf)"
     )
-    mean: float | None = option(None, "Mean of the log-mel values of the training clips.", "(-inf, inf)")
-    std: float | None = option(None, "Standard deviation of the log-mel values of the training clips.", "(0, inf)")
+    # HfArgumentParser parses a union with `str` as text. __post_init__ makes it a number.
+    mean: float | str | None = option(
+        None, "Mean of the log-mel values. auto computes it from the training clips.", "(-inf, inf)"
+    )
+    std: float | str | None = option(
+        None, "Standard deviation of the log-mel values. auto computes it from the training clips.", "(0, inf)"
+    )
+    convention: Literal["kaldi", "librosa"] | None = option(
+        None,
+        "Log-mel of a model with `waveform`. kaldi: that of ASTFeatureExtractor. librosa: that of PANNs, with frames of "
+        "32 ms, mel filters from 50 Hz to 14 kHz, decibels, and no normalisation (mean 0, std 0.5). Default: that of the "
+        "pretrained model, or kaldi.",
+    )
 
     def __post_init__(self):
+        self.mean, self.std = (_number_or_auto(name, getattr(self, name)) for name in ("mean", "std"))
         check_values(self)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether mean or std is still auto."""
+        return "auto" in (self.mean, self.std)
 
 
 @dataclass
@@ -315,6 +338,11 @@ class AugmentationArguments:
 
     random_crop: bool = option(True, "Take a random window of longer clips, and put shorter clips at a random place.")
     time_roll: int = option(0, "Roll each clip by a random number of frames up to this, either way.", "[0, inf)")
+    roll_padded: bool = option(
+        False,
+        "time_roll rolls the padded window, with its masks and noise, by -time_roll to time_roll - 1 frames, as AST's "
+        "authors do. Spectrograms only.",
+    )
     filter_gain: float = option(
         0.0,
         "Largest gain of a random filter, in normalised units: 10 dB are ln(10) / (2 * std), about 0.25.",
@@ -325,6 +353,16 @@ class AugmentationArguments:
     time_masks: int = option(1, "SpecAugment: number of time masks in each clip.", "[0, inf)")
     frequency_mask: int = option(0, "SpecAugment: widest frequency mask in mel bands. 0 turns it off.", "[0, inf)")
     frequency_masks: int = option(1, "SpecAugment: number of frequency masks in each clip.", "[0, inf)")
+    mask_value: Literal["mean", "padding"] = option(
+        "mean",
+        "SpecAugment: value of the masks. mean is 0 after normalisation. padding is (0 - mean) / (2 * std), as AST's "
+        "authors have it.",
+    )
+    augment_after_norm: bool = option(
+        False,
+        "CNN14 only: masks and mixup follow the first batch normalisation, and mixup makes one clip of two, as PANNs' "
+        "authors train. A batch of 64 clips becomes 32.",
+    )
     mixup_alpha: float = option(0.0, "Mixup draws its weights from Beta(alpha, alpha). 0 turns it off.", "[0, inf)")
     mixup_probability: float = option(1.0, "Share of the clips that mixup mixes with another clip.", "[0, 1]")
     gain: float = option(
@@ -349,7 +387,7 @@ class AugmentationArguments:
         Raises:
             UserError: A field is set that only the other kind of input has.
         """
-        alien = ("filter_gain", "frequency_shift") if waveform else ("gain",)
+        alien = ("filter_gain", "frequency_shift", "roll_padded") if waveform else ("gain",)
         for name in alien:
             if value := getattr(self, name):
                 raise UserError(
@@ -445,6 +483,23 @@ class RunArguments(TrainingArguments):
     )
     window_aggregation: Literal["mean", "max"] = option("mean", "How the logits of a clip's windows are combined.")
     balanced_sampling: bool = option(False, "Draw training clips with replacement, clips of rare classes more often.")
+    class_weights: Literal["auto"] | None = option(
+        None, "auto: weight each class in the loss by its inverse frequency among the training clips."
+    )
+    total_batch_size: int | None = option(
+        None,
+        "Clips of an optimizer step, over all processes. A process takes at most per_device_train_batch_size at once and "
+        "accumulates gradients. Default: processes × per_device_train_batch_size × gradient_accumulation_steps.",
+        "[1, inf)",
+    )
+    lr_step_decay: float | None = option(
+        None,
+        "Multiply the learning rate by this after lr_step_start epochs, and again every lr_step_every epochs. Needs "
+        "lr_scheduler_type: constant_with_warmup.",
+        "(0, 1]",
+    )
+    lr_step_start: int = option(1, "Epochs before the first step of lr_step_decay.", "[1, inf)")
+    lr_step_every: int = option(1, "Epochs between two steps of lr_step_decay.", "[1, inf)")
     early_stopping_patience: int | None = option(
         None, "Stop after this number of evaluations without improvement. Default: never.", "[1, inf)"
     )
@@ -463,6 +518,7 @@ class RunArguments(TrainingArguments):
         "accuracy", f"Validation metric that chooses the checkpoint: {', '.join(SCORES)} or loss."
     )
     lr_scheduler_type: SchedulerType = option("cosine", "How the learning rate changes over the training.")
+    card_note: str | None = option(None, "Text for the model card, such as the differences from a published training.")
     report_to: list[str] | None = field(
         default_factory=lambda: ["tensorboard"],
         metadata={"help": "Experiment trackers: tensorboard, wandb, …, or none."},
@@ -497,6 +553,8 @@ class RunArguments(TrainingArguments):
         self.run_name = self.run_name or default_hub_model_id(self.output_dir)
         if self.push_to_hub and self.hub_model_id is None:
             self.hub_model_id = default_hub_model_id(self.output_dir)
+        if self.total_batch_size is not None:
+            self._divide_total_batch()
 
     def _check_metric(self) -> None:
         if self.metric_for_best_model is None:
@@ -531,6 +589,16 @@ class RunArguments(TrainingArguments):
                 "train_sampling_strategy must be random with balanced_sampling: true, got "
                 f"{self.train_sampling_strategy!r}"
             )
+        if self.balanced_sampling and self.class_weights:
+            raise UserError(
+                "class_weights must be left out with balanced_sampling: true, because both make up for rare classes; "
+                "choose one of them"
+            )
+        if self.lr_step_decay is not None and self.lr_scheduler_type != "constant_with_warmup":
+            raise UserError(
+                "lr_scheduler_type must be constant_with_warmup with lr_step_decay, got "
+                f"{SchedulerType(self.lr_scheduler_type).value!r}"
+            )
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise UserError(
                 "eval_strategy must be steps or epoch with early_stopping_patience, got 'no'; without evaluations "
@@ -549,6 +617,24 @@ class RunArguments(TrainingArguments):
                 f"report_to must be none or trackers that are installed here ({', '.join(trackers)}), got "
                 f"{missing[0]!r}; install it or remove it"
             )
+
+    def _divide_total_batch(self) -> None:
+        """Set the batch of a process and the accumulation such that an optimizer step takes `total_batch_size` clips."""
+        total, most, processes = self.total_batch_size, self.per_device_train_batch_size, self.world_size
+        share, rest = divmod(total, processes)
+        size = min(most, share)
+        if rest or size < 1 or share % size:
+            raise UserError(
+                f"total_batch_size must be a multiple of the {processes} processes, and the share of each a multiple "
+                f"of per_device_train_batch_size {most} if it is larger, got {total}: change one of the three"
+            )
+        steps = share // size
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise UserError(
+                f"gradient_accumulation_steps must be {steps} for total_batch_size {total}, {processes} processes and "
+                f"per_device_train_batch_size {size}, got {self.gradient_accumulation_steps}: leave it out"
+            )
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = size, steps
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         steps = super().get_warmup_steps(num_training_steps)
@@ -658,6 +744,16 @@ def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | 
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{name} must be a mapping of fields to values, got {value!r}")
     return value
+
+
+def _number_or_auto(name: str, value: float | str | None) -> float | str | None:
+    """Convert text from the command line or YAML to a number, unless it is auto."""
+    if value is None or value == "auto":
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"{name} must be a number or auto, got {value!r}") from error
 
 
 PARTS = (DataArguments, FeatureArguments, AugmentationArguments, ModelArguments, DendriteArguments, RunArguments)

@@ -51,7 +51,8 @@ def test_other_classes_get_a_new_head_and_keep_the_rest(pretrained, labels):
     model = load_ast(labels, ModelArguments(model=folder), 160)
     for name, tensor in model.state_dict().items():
         same = tensor.shape == original.state_dict()[name].shape and torch.equal(tensor, original.state_dict()[name])
-        assert same != name.startswith("classifier.dense"), name
+        assert same != name.startswith("classifier."), name
+    assert (model.classifier.layernorm.weight == 1).all() and (model.classifier.layernorm.bias == 0).all()
     assert model.config.id2label == dict(enumerate(labels)) and model.config.label2id[labels[0]] == 0
     assert model.classifier.dense.weight.std() > 0
 

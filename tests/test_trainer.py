@@ -329,10 +329,13 @@ def test_the_same_clips_in_another_order_give_the_same_model(recipe, tones, tmp_
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_two_processes_train_as_one_with_twice_the_batch(recipe, tmp_path, balanced):
+def test_two_processes_train_as_one_with_the_same_total_batch(recipe, tmp_path, balanced):
     # SGD, because Adam turns a rounding error in a gradient near zero into a step of the learning rate's size.
-    path = recipe(num_train_epochs=2, mixup_alpha=0.0, optim="sgd", learning_rate=0.1, balanced_sampling=balanced)
-    run(path, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one"))
+    path = recipe(
+        num_train_epochs=2, mixup_alpha=0.0, optim="sgd", learning_rate=0.1, balanced_sampling=balanced,
+        total_batch_size=4, per_device_train_batch_size=4,
+    )  # fmt: skip
+    run(path, "--output_dir", str(tmp_path / "one"))
     run(path, "--learning_rate", "0", "--output_dir", str(tmp_path / "start"))
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command(path)[1:]]
     done = subprocess.run([*two, "--output_dir", str(tmp_path / "two")], capture_output=True, text=True)

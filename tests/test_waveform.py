@@ -153,7 +153,7 @@ def test_mixup_adds_waveforms_and_their_labels():
 
 
 def test_a_filter_on_waveforms_is_an_error():
-    with pytest.raises(ValueError, match="filter_gain, frequency_shift: need spectrograms"):
+    with pytest.raises(ValueError, match="filter_gain, frequency_shift, roll_padded: need spectrograms"):
         WaveformCollator(98, 2, filter_gain=0.3)
 
 

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import soundfile
@@ -28,18 +29,23 @@ def window_samples(sampling_rate: int) -> int:
 
 
 def load_waveform(
-    audio: Mapping[str, bytes | str | None], sampling_rate: int = 16000, name: str | None = None
+    audio: Mapping[str, bytes | str | None],
+    sampling_rate: int = 16000,
+    name: str | None = None,
+    channel: Literal["mean", "first"] = "mean",
 ) -> np.ndarray:
-    """Decode one sound file, mix it to mono and resample it.
+    """Decode one sound file, make it mono and resample it.
 
     Args:
         audio: What `datasets.Audio(decode=False)` yields: `bytes`, the content of a file of any format and
             rate that libsndfile reads (wav, flac, ogg, mp3, ...), and `path`, read where `bytes` is None.
         sampling_rate: Rate of the result in Hz.
         name: What error messages call the clip; its path if not given.
+        channel: Whether the result is the mean over the file's channels, or the first one, as AST's authors take it
+            (`torchaudio.compliance.kaldi.fbank`).
 
     Returns:
-        Waveform of shape (samples,), float32, full scale at ±1, the mean over the file's channels.
+        Waveform of shape (samples,), float32, full scale at ±1.
 
     Raises:
         BadClip: There is no file, it is empty, damaged or cut short, or its signal is unusable: no samples,
@@ -47,8 +53,10 @@ def load_waveform(
     """
     name = name or audio.get("path") or "clip"
     samples, rate = _decode(_content(audio, name), name)
-    # A product with the weights is the mean over channels, several times faster than `mean(axis=1)`.
-    waveform = samples @ np.full(samples.shape[1], 1 / samples.shape[1], dtype=np.float32)
+    if channel == "first":
+        waveform = np.ascontiguousarray(samples[:, 0])
+    else:  # a product with the weights is several times faster than `mean(axis=1)`
+        waveform = samples @ np.full(samples.shape[1], 1 / samples.shape[1], dtype=np.float32)
     if not waveform.size:
         raise BadClip(f"{name}: the file holds no samples")
     lowest, highest = waveform.min(), waveform.max()

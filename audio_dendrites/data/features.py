@@ -162,6 +162,7 @@ class Waveforms:
             on every hop.
         num_mel_bins: Mel bands of the model's spectrogram.
         mean, std: Its normalisation.
+        convention: How the model computes it, as in `WaveformConfig`.
     """
 
     sampling_rate: int
@@ -171,6 +172,7 @@ class Waveforms:
     num_mel_bins: int
     mean: float
     std: float
+    convention: str = "kaldi"
     row_width = None
 
     @property
@@ -186,7 +188,8 @@ class Waveforms:
     @property
     def batch_layout(self) -> dict[str, Any]:
         """What `WaveformCollator` has to know of the model's spectrogram."""
-        return {name: getattr(self, name) for name in ("max_length", "window_length", "hop_length", "num_mel_bins")}
+        names = ("max_length", "window_length", "hop_length", "num_mel_bins")
+        return {name: getattr(self, name) for name in names} | {"padding_value": (0.0 - self.mean) / (2 * self.std)}
 
     def features(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """The clips as tensors (samples,), float32."""
@@ -267,6 +270,7 @@ def extract_features(
     id_column: str | None = None,
     num_proc: int | None = None,
     batch_size: int = 32,
+    channel: str = "mean",
 ) -> datasets.Dataset:
     """Replace the audio of a data set by its features, log-mel or waveforms, cached on disk.
 
@@ -280,6 +284,7 @@ def extract_features(
         id_column: Column that names a clip in error messages; its path or row number if not given.
         num_proc: Processes; None: this one.
         batch_size: Clips a call; more only takes more memory.
+        channel: As in `load_waveform`.
 
     Returns:
         The other columns and two new ones: `input_values`, float16, (frames * num_mel_bins,) frame by frame or
@@ -298,6 +303,7 @@ def extract_features(
         "version": FEATURES_VERSION,
         "audio_column": audio_column,
         "id_column": id_column,
+        "channel": channel,
         **extractor.cache_key,
     }
     kept = {name: kind for name, kind in clips.features.items() if name != audio_column}
@@ -310,6 +316,7 @@ def extract_features(
             extractor=extractor,
             audio_column=audio_column,
             id_column=id_column,
+            channel=channel,
             caller=os.getpid(),
         ),
         with_indices=True,
@@ -329,6 +336,7 @@ def _extract_batch(
     extractor: BatchedASTFeatureExtractor | Waveforms,
     audio_column: str,
     id_column: str | None,
+    channel: str,
     caller: int,
 ) -> pa.Table:
     """One batch of `extract_features`: the table without its audio, with `input_values` and `error`."""
@@ -341,7 +349,7 @@ def _extract_batch(
         audio = cell.as_py() or {"bytes": None, "path": None}
         name = str(name) if name is not None else audio["path"] or f"row {rows[place]}"
         try:
-            waveforms[place] = load_waveform(audio, extractor.sampling_rate, name)
+            waveforms[place] = load_waveform(audio, extractor.sampling_rate, name, channel)
         except BadClip as error:
             errors[place] = str(error)
     sizes = np.zeros(len(rows) + 1, dtype=np.int32)
@@ -406,6 +414,7 @@ class ExactFeatures(Dataset):
         labels: Of each row the class number, or 0 or 1 for each class.
         extractor: Whose `features` to compute.
         audio_column: The column with the sound.
+        channel: As in `load_waveform`.
     """
 
     def __init__(
@@ -414,16 +423,19 @@ class ExactFeatures(Dataset):
         labels: Sequence[int],
         extractor: BatchedASTFeatureExtractor | Waveforms,
         audio_column: str,
+        channel: str = "mean",
     ):
         self._sound = clips.select_columns(audio_column).cast_column(audio_column, Audio(decode=False))
         self._labels = np.asarray(labels)
         self._extractor = extractor
         self._audio_column = audio_column
+        self._channel = channel
 
     def __len__(self) -> int:
         return len(self._sound)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """One example: `input_values`, float32 (frames, num_mel_bins) or (samples,), and `labels`."""
-        waveform = load_waveform(self._sound[row][self._audio_column], self._extractor.sampling_rate)
+        audio = self._sound[row][self._audio_column]
+        waveform = load_waveform(audio, self._extractor.sampling_rate, channel=self._channel)
         return {"input_values": self._extractor.features([waveform])[0], "labels": self._labels[row]}

@@ -49,7 +49,8 @@ def stats(recipe: Recipe) -> None:
             seconds.append(info.duration)
             rates[info.samplerate] += 1
             if row in train:
-                energies = extractor.log_mel([load_waveform(audio, extractor.sampling_rate, name)])[0].double()
+                waveform = load_waveform(audio, extractor.sampling_rate, name, arguments.channel)
+                energies = extractor.log_mel([waveform])[0].double()
                 count, total = count + energies.numel(), total + energies.sum().item()
                 squares += energies.square().sum().item()
         except (BadClip, soundfile.LibsndfileError) as error:

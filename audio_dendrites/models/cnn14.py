@@ -100,18 +100,35 @@ class CNN14ForAudioClassification(DendriticMixin, PreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+        self,
+        input_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        drop_frames: torch.Tensor | None = None,
+        drop_bands: torch.Tensor | None = None,
+        mixup_weights: torch.Tensor | None = None,
+        **kwargs,
     ) -> SequenceClassifierOutput:
         """Logits of log-mel spectrograms.
+
+        The authors mask and mix after the first batch normalisation, so that it sees the clips as they are.
 
         Args:
             input_values: (batch, frames, num_mel_bins).
             labels: Class numbers (batch,); with them there is a loss.
+            drop_frames: (batch, frames), True where the normalised spectrogram is set to 0, for SpecAugment.
+            drop_bands: (batch, num_mel_bins), the same.
+            mixup_weights: (batch / 2,), for mixup: the clips 0 and 1 become one, with this weight and 1 minus it, the
+                clips 2 and 3 another, and so on. Logits and labels have half as many rows as the batch.
 
         Returns:
             `logits` (batch, num_labels) and `loss`.
         """
         images = self.bn0(input_values[:, None].transpose(1, 3)).transpose(1, 3)
+        if drop_frames is not None:
+            images = images.masked_fill((drop_frames[:, :, None] | drop_bands[:, None, :])[:, None], 0.0)
+        if mixup_weights is not None:
+            weights = mixup_weights[:, None, None, None].to(images.dtype)
+            images = weights * images[0::2] + (1 - weights) * images[1::2]
         for layer in self.layers:
             images = functional.dropout(layer(images), self.config.block_dropout, self.training)
         frames = images.mean(3)

@@ -163,6 +163,7 @@ class WaveformForAudioClassification(DendriticMixin, PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         masked_frames: torch.Tensor | None = None,
         masked_bands: torch.Tensor | None = None,
+        mask_value: float = 0.0,
         labels: torch.Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
@@ -171,8 +172,9 @@ class WaveformForAudioClassification(DendriticMixin, PreTrainedModel):
         Args:
             input_values: (batch, samples) at `sampling_rate`, full scale at ±1.
             attention_mask: (batch, samples), 0 where a clip is padded; left out, none is.
-            masked_frames: (batch, frames), True where the spectrogram is set to its mean 0, for SpecAugment.
+            masked_frames: (batch, frames), True where the spectrogram is set to `mask_value`, for SpecAugment.
             masked_bands: (batch, num_mel_bins), the same.
+            mask_value: 0 is the mean.
             labels: Class numbers (batch,); with them there is a loss.
 
         Returns:
@@ -181,7 +183,7 @@ class WaveformForAudioClassification(DendriticMixin, PreTrainedModel):
         inside = torch.ones_like(input_values) if attention_mask is None else attention_mask
         log_mel = self.front_end(self._fit(input_values), self._fit(inside.bool()))
         if masked_frames is not None:
-            log_mel = log_mel.masked_fill(masked_frames[:, :, None] | masked_bands[:, None, :], 0.0)
+            log_mel = log_mel.masked_fill(masked_frames[:, :, None] | masked_bands[:, None, :], mask_value)
         return self.backbone(log_mel.to(self.backbone.dtype), labels=labels, **kwargs)
 
     def _fit(self, values: torch.Tensor) -> torch.Tensor:

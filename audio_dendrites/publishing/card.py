@@ -25,12 +25,13 @@ FAMILY_NAMES = {
     "cnn14": "CNN14",
 }
 HYPERPARAMETERS = (
-    "learning_rate", "head_learning_rate", "layer_decay", "lr_scheduler_type", "warmup_steps", "optim",
-    "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "loss", "label_smoothing_factor", "distill_from", "balanced_sampling", "average_checkpoints", "ema_decay",
-    "early_stopping_patience", "unfreeze_last_layers", "precision", "seed", "max_length", "random_crop", "time_roll",
-    "filter_gain", "frequency_shift", "time_mask", "frequency_mask", "mixup_alpha", "noise", "patchout_time",
-    "patchout_frequency", "model_config", "pai",
+    "learning_rate", "head_learning_rate", "layer_decay", "lr_scheduler_type", "lr_step_decay", "lr_step_start",
+    "lr_step_every", "warmup_steps", "optim", "weight_decay", "num_train_epochs", "max_steps", "total_batch_size",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "loss", "label_smoothing_factor", "distill_from",
+    "balanced_sampling", "average_checkpoints", "ema_decay", "early_stopping_patience", "unfreeze_last_layers",
+    "precision", "seed", "channel", "max_length", "random_crop", "time_roll", "roll_padded", "filter_gain",
+    "frequency_shift", "time_mask", "frequency_mask", "mask_value", "mixup_alpha", "augment_after_norm", "noise",
+    "patchout_time", "patchout_frequency", "model_config", "pai",
 )  # fmt: skip
 
 
@@ -114,7 +115,9 @@ def model_card(
         other=other,
         revision=revision,
         hyperparameters={
-            field: recipe[field] for field in HYPERPARAMETERS if recipe.get(field) not in (None, False, 0)
+            field: recipe[field]
+            for field in HYPERPARAMETERS
+            if recipe.get(field) not in (None, False, 0) and ("lr_step_decay" in recipe or "lr_step" not in field)
         },
         duration=_duration(metrics["train_runtime"]) if "train_runtime" in metrics else None,
         command_line=shlex.join(metrics["command"]) if "command" in metrics else None,

@@ -36,7 +36,9 @@ def check_pipeline(
     rate, rows = loaded.feature_extractor.sampling_rate, range(0, len(clips), 1 + len(clips) // 9)
     expected = predictions.iloc[rows]
     names = list(loaded.model.config.id2label.values())
-    waveforms = [load_waveform(audio, rate) for audio in clips.with_format("arrow")[rows][audio_column].to_pylist()]
+    channel = getattr(loaded.model.config, "channel", "mean")
+    heard = clips.with_format("arrow")[rows][audio_column].to_pylist()
+    waveforms = [load_waveform(audio, rate, channel=channel) for audio in heard]
     activate = expit if loss == "bce" else partial(softmax, axis=-1)
     scores = np.stack([_pipeline_scores(loaded, waveform, activate) for waveform in waveforms])
     difference = np.abs(scores - activate(np.stack(expected["logits"]))).max()

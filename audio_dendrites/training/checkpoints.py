@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 CHANGE_NO_RESULT = {
     "dataloader_num_workers", "disable_tqdm", "logging_first_step", "logging_steps", "logging_strategy", "log_level",
     "output_dir", "preprocessing_num_workers", "report_to", "resume_from_checkpoint", "run_name", "save_total_limit",
-    "push_to_hub", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy",
+    "push_to_hub", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "card_note",
 }  # fmt: skip
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 

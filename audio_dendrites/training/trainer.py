@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
@@ -36,6 +37,24 @@ from audio_dendrites.training.process import without_tf32
 logger = logging.getLogger(__name__)
 
 PUSH_FOLDER = ".push-"  # in the run folder, while a checkpoint is pushed
+
+
+def step_factor(step: int, warmup: int, steps_per_epoch: int, start: int, every: int, decay: float) -> float:
+    """The share of the learning rate at an optimizer step, for what no scheduler of transformers does.
+
+    A linear warm-up, then the steps of `torch.optim.lr_scheduler.MultiStepLR` at the epochs `start`, `start + every`,
+    …, as AST's authors train (github.com/YuanGongND/ast, src/traintest.py).
+
+    Args:
+        step: Optimizer steps done.
+        warmup: Steps of the warm-up.
+        steps_per_epoch: Optimizer steps of an epoch.
+        start: Epochs before the first step of the learning rate.
+        every: Epochs between two of them.
+        decay: What each multiplies the learning rate by.
+    """
+    passed = max(0, step // steps_per_epoch - start + every) // every
+    return (step / warmup if step < warmup else 1.0) * decay**passed
 
 
 class AudioTrainer(Trainer):
@@ -119,6 +138,22 @@ class AudioTrainer(Trainer):
             **settings,
         )
         return self.optimizer
+
+    def set_initial_training_values(self, args, dataloader):
+        values = super().set_initial_training_values(args, dataloader)
+        self.steps_per_epoch = values[1]
+        return values
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.args.lr_step_decay is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        factor = partial(
+            step_factor, warmup=self.args.get_warmup_steps(num_training_steps), steps_per_epoch=self.steps_per_epoch,
+            start=self.args.lr_step_start, every=self.args.lr_step_every, decay=self.args.lr_step_decay,
+        )  # fmt: skip
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is not None and model.training:
