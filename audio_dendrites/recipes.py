@@ -38,8 +38,8 @@ class DataArguments:
     dataset: str = field(
         default="synthetic",
         metadata={
-            "help": "Hub id, Parquet or CSV file, folder of Parquet files or of class folders, or 'synthetic' "
-            "(generated, embedded)."
+            "help": "Hub id, Parquet or CSV file, folder of Parquet files or of class folders, the unpacked archive of "
+            "UrbanSound8K or ESC-50, or 'synthetic' (generated, embedded)."
         },
     )
     dataset_config: str | None = field(
@@ -56,6 +56,13 @@ class DataArguments:
     )
     audio_column: str = field(
         default="audio", metadata={"help": "Column with the audio (bytes), or with paths relative to the file."}
+    )
+    audio_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path of each clip's file, made from columns of a local table: 'audio/fold{fold}/{name}.wav', "
+            "relative to the folder of the table or of the data set. The files become audio_column."
+        },
     )
     label_column: str = field(
         default="label", metadata={"help": "Column with class names or ids; with lists of them, clips are multi-label."}
@@ -199,8 +206,21 @@ class FeatureArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Frames of 10 ms the model sees: 400 for 4 s, 1024 for 10.24 s."}
     )
-    mean: float | None = field(default=None, metadata={"help": "Log-mel mean, of training folds only."})
-    std: float | None = field(default=None, metadata={"help": "Log-mel standard deviation, of training folds only."})
+    # HfArgumentParser parses a union with `str` as text; __post_init__ makes it a number.
+    mean: float | str | None = field(
+        default=None, metadata={"help": "Mean of the log-mel; auto: computed from the training clips."}
+    )
+    std: float | str | None = field(
+        default=None, metadata={"help": "Standard deviation of the log-mel; auto: computed from the training clips."}
+    )
+
+    def __post_init__(self):
+        self.mean, self.std = (_number_or_auto(name, getattr(self, name)) for name in ("mean", "std"))
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the training clips still have to say what auto stands for."""
+        return "auto" in (self.mean, self.std)
 
 
 @dataclass
@@ -356,6 +376,10 @@ class RunArguments(TrainingArguments):
     balanced_sampling: bool = field(
         default=False, metadata={"help": "Draw training clips with replacement, those of rare classes more often."}
     )
+    class_weights: Literal["auto"] | None = field(
+        default=None,
+        metadata={"help": "auto: weight each class in the loss by its inverse frequency among the training clips."},
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better one; left out: never."},
@@ -399,6 +423,11 @@ class RunArguments(TrainingArguments):
         if self.balanced_sampling and self.train_sampling_strategy != "random":
             raise UserError(
                 f"train_sampling_strategy: found {self.train_sampling_strategy} beside balanced_sampling: wanted random"
+            )
+        if self.balanced_sampling and self.class_weights:
+            raise UserError(
+                "class_weights must be left out with balanced_sampling: true, because both make up for rare classes; "
+                "choose one of them"
             )
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
         self.precision = resolve_precision(asked, self.use_cpu)
@@ -527,6 +556,16 @@ def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | 
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{name}: found {value!r}, wanted a mapping of its fields")
     return value
+
+
+def _number_or_auto(name: str, value: float | str | None) -> float | str | None:
+    """A number where the command line or YAML has text, unless the text is auto."""
+    if value is None or value == "auto":
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"{name} must be a number or auto, got {value!r}") from error
 
 
 PARTS = (DataArguments, FeatureArguments, AugmentationArguments, ModelArguments, DendriteArguments, RunArguments)

@@ -55,6 +55,7 @@ def test_negative_numbers_lists_flags_and_mappings_pass_through_yaml(recipe):
         ("validation_folds: [8, 9]", "fold 8 stands in train_folds and in validation_folds"),
         ("train_split: a\nvalidation_split: b\ntest_split: a", "fold a stands in train_split and in test_split"),
         ("loss: bce\nlabel_smoothing_factor: 0.1", "label_smoothing_factor: found 0.1, wanted none with the loss bce"),
+        ("mean: middling", "mean must be a number or auto, got 'middling'"),
         ("metric_for_best_model: map", "metric_for_best_model: found map, wanted accuracy, macro_f1, mAP or loss"),
     ],
 )

@@ -131,18 +131,20 @@ FAMILIES = {  # a model that two can start from is the first one's, unless the r
 def load_extractor(model: ModelArguments, features: FeatureArguments) -> BatchedASTFeatureExtractor | Waveforms:
     """The feature extractor of the pretrained model, or ASTFeatureExtractor's defaults, as the recipe changes it.
 
-    With `waveform` its settings become those of the model's front end, and the features are the waveforms.
+    With `waveform` its settings become those of the model's front end, and the features are the waveforms. A setting
+    that is still auto is as if it were left out.
 
     Raises:
         UserError: The pretrained model has none, or a setting makes no sense.
     """
     settings = {name: value for name, value in vars(features).items() if value is not None}
-    for name in settings.keys() - {"mean"}:
-        if settings[name] <= 0:
-            raise UserError(f"{name}: found {settings[name]}, wanted a number above 0")
     pretrained = None if model.model is None else _pretrained_config(model)
     if isinstance(pretrained, WaveformConfig):
         return _waveforms_of(model, pretrained, settings)
+    settings = {name: value for name, value in settings.items() if value != "auto"}
+    for name in settings.keys() - {"mean"}:
+        if settings[name] <= 0:
+            raise UserError(f"{name}: found {settings[name]}, wanted a number above 0")
     if pretrained is None or pretrained.model_type in IMAGE_MODELS:  # beside which is what prepares pictures
         log_mel = BatchedASTFeatureExtractor(**settings)
     else:

@@ -17,7 +17,7 @@ from audio_dendrites.files import written_whole
 from audio_dendrites.publishing.content import FIGURES, code_files, files_named, read_reports
 from audio_dendrites.recipes import SCORES
 from audio_dendrites.results.scores import score_names
-from audio_dendrites.results.tables import classes_table, markdown_table, scores_table
+from audio_dendrites.results.tables import classes_table, markdown_table, scores_table, skipped_list
 
 FAMILY_NAMES = {
     "audio-spectrogram-transformer": "Audio Spectrogram Transformer",
@@ -27,10 +27,10 @@ FAMILY_NAMES = {
 HYPERPARAMETERS = (
     "learning_rate", "head_learning_rate", "layer_decay", "lr_scheduler_type", "warmup_steps", "optim",
     "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "loss", "label_smoothing_factor", "distill_from", "balanced_sampling", "average_checkpoints", "ema_decay",
-    "early_stopping_patience", "unfreeze_last_layers", "precision", "seed", "max_length", "random_crop", "time_roll",
-    "filter_gain", "frequency_shift", "time_mask", "frequency_mask", "mixup_alpha", "noise", "patchout_time",
-    "patchout_frequency", "model_config", "pai",
+    "loss", "label_smoothing_factor", "distill_from", "balanced_sampling", "class_weights", "average_checkpoints",
+    "ema_decay", "early_stopping_patience", "unfreeze_last_layers", "precision", "seed", "max_length", "random_crop",
+    "time_roll", "filter_gain", "frequency_shift", "time_mask", "frequency_mask", "mixup_alpha", "noise",
+    "patchout_time", "patchout_frequency", "model_config", "pai",
 )  # fmt: skip
 
 
@@ -109,6 +109,7 @@ def model_card(
         recipe=recipe,
         results=scores_table(metrics),
         classes=classes_table(metrics["test"]) if metrics.get("test") else None,
+        left_out=skipped_list(metrics["skipped"]) if metrics.get("skipped") else None,
         beside=_beside(comparison),
         comparison=comparison,
         other=other,
