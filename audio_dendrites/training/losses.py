@@ -108,6 +108,8 @@ def classification_loss(
         The loss, a float32 scalar.
     """
     logits = outputs.logits.float()
+    if class_weights is not None:
+        class_weights = class_weights.to(logits.device)  # whole clips are scored on the CPU
     clips = len(labels) if num_items_in_batch is None else num_items_in_batch / labels[0].numel()
     if loss == "bce":
         targets = nn.functional.one_hot(labels, logits.shape[1]).float() if labels.dim() == 1 else labels
