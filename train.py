@@ -18,6 +18,7 @@ import compare
 from audio_dendrites.data.clips import load_clips
 from audio_dendrites.data.features import ClipFeatures, ExactFeatures, extract_features, feature_lengths
 from audio_dendrites.data.splits import class_names, drop_bad_clips, encode_labels, is_multi_label, split_by_fold
+from audio_dendrites.data.stats import log_mel_moments, with_statistics
 from audio_dendrites.data.windows import ClipWindows
 from audio_dendrites.errors import UserError
 from audio_dendrites.files import writing_to
@@ -31,7 +32,7 @@ from audio_dendrites.results.metrics import compute_metrics
 from audio_dendrites.results.report import is_finished, print_summary, write_run
 from audio_dendrites.results.scores import predictions_table
 from audio_dendrites.training.checkpoints import check_run_folder, find_checkpoint
-from audio_dendrites.training.losses import resolve_loss
+from audio_dendrites.training.losses import balanced_class_weights, resolve_loss
 from audio_dendrites.training.process import prepare_process
 from audio_dendrites.training.trainer import AudioTrainer
 from data_collator import AugmentedClips, BalancedSampler, SetEpoch, SpectrogramCollator, WaveformCollator
@@ -61,6 +62,11 @@ def train(recipe: Recipe) -> None:
         clips, index = load_clips(recipe.data)
     splits = split_by_fold(index, recipe.data)
     labels = class_names(index, splits, recipe.data)
+    if recipe.features.needs_statistics:
+        with args.main_process_first(desc="computing mean and std"):
+            moments = log_mel_moments(clips, recipe.data, extractor)
+        recipe = with_statistics(recipe, moments, splits["train"])
+        extractor = load_extractor(recipe.model, recipe.features)
     loss = resolve_loss(args, is_multi_label(index["label"]))
 
     model = load_model(labels, recipe.model, extractor)
@@ -117,6 +123,7 @@ def train(recipe: Recipe) -> None:
         teacher=teacher,
         distillation=args.distillation,
         train_sampler=BalancedSampler(train_clips, targets["train"]) if args.balanced_sampling else None,
+        class_weights=balanced_class_weights(targets["train"], labels) if args.class_weights else None,
         learning_rates=learning_rates(
             model, args.learning_rate, recipe.model.head_learning_rate, recipe.model.layer_decay
         ),

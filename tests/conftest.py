@@ -14,6 +14,7 @@ import pytest
 import soundfile
 from datasets import ClassLabel, Dataset, List
 from hub.server import WRITE_TOKEN, Hub
+from pandas import DataFrame
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +65,41 @@ def hub(tmp_path) -> Iterator[Hub]:
     """A Hub on this machine; `hub.environment(home, token)` is what a process needs to have it as its only one."""
     with Hub(tmp_path / "hub") as server:
         yield server
+
+
+def write_archives(folder: Path) -> dict[str, Path]:
+    """UrbanSound8K and ESC-50 as unpacked, two clips a fold, with what macOS leaves in folders; by their Hub id."""
+    urbansound8k, esc50 = [], []
+    for row in range(20):
+        kind, sound = row % 2, wav(tone(3000 if row % 2 else 300, 0.5, 22050, row), 22050)
+        urbansound8k.append(
+            {"slice_file_name": f"{row}-{kind}-0-0.wav", "fsID": row, "start": 0.0, "end": 0.5, "salience": 1,
+             "fold": 1 + row // 2, "classID": kind, "class": ("air_conditioner", "siren")[kind]}
+        )  # fmt: skip
+        esc50.append(
+            {"filename": f"{1 + row // 4}-{row}-A-{kind}.wav", "fold": 1 + row // 4, "target": kind,
+             "category": ("dog", "rain")[kind], "esc10": True, "src_file": row, "take": "A"}
+        )  # fmt: skip
+        for path in (
+            folder / "UrbanSound8K" / "audio" / f"fold{1 + row // 2}" / urbansound8k[-1]["slice_file_name"],
+            folder / "ESC-50-master" / "audio" / esc50[-1]["filename"],
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(sound)
+            leave_macos_files(path)
+    for table, rows in (
+        ("UrbanSound8K/metadata/UrbanSound8K.csv", urbansound8k),
+        ("ESC-50-master/meta/esc50.csv", esc50),
+    ):
+        (folder / table).parent.mkdir()
+        DataFrame(rows).to_csv(folder / table, index=False)
+    return {"danavery/urbansound8K": folder / "UrbanSound8K", "ashraq/esc50": folder / "ESC-50-master"}
+
+
+def leave_macos_files(path: Path) -> None:
+    """What macOS leaves beside a file that it copied."""
+    path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7")
+    path.with_name(".DS_Store").write_bytes(b"\0\0\0\1Bud1")
 
 
 def tone_of(row: int) -> np.ndarray:

@@ -99,6 +99,7 @@ def test_negative_numbers_lists_flags_and_mappings_pass_through_yaml(recipe):
         ("bf16: true\nfp16: true", "bf16 and fp16 must not both be true"),
         ("remove_unused_columns: true", "remove_unused_columns must be false, got true"),
         ("report_to: [tensorbord]", "report_to must be none or trackers .*tensorboard.*, got 'tensorbord'"),
+        ("mean: middling", "mean must be a number or auto, got 'middling'"),
     ],
 )
 def test_a_wrong_recipe_is_an_error_that_names_the_field_and_the_value(recipe, text, message):

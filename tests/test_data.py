@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import TONES, tone
+from conftest import ROOT, TONES, leave_macos_files, tone, write_archives
 from datasets import ClassLabel, Dataset
 from pandas import DataFrame, Series
 from transformers import ASTFeatureExtractor
@@ -16,7 +16,7 @@ from audio_dendrites.data.audio import load_waveform
 from audio_dendrites.data.clips import load_clips
 from audio_dendrites.data.splits import class_names, drawn_splits, drop_bad_clips, split_by_fold
 from audio_dendrites.errors import UserError
-from audio_dendrites.recipes import DataArguments
+from audio_dendrites.recipes import DataArguments, parse_recipe
 
 
 def arguments(dataset, **changes):
@@ -94,7 +94,10 @@ def test_choosing_on_the_test_fold_is_said(tones, caplog):
             {"label_column": "class"},
             "label_column: .* has no column 'class'; it has audio, name, kind, fold, recording",
         ),
-        ({"audio_column": "sound"}, "audio_column: .* has no column 'sound'"),
+        (
+            {"audio_column": "sound"},
+            "audio_column: .* has no column 'sound'; it has .*; audio_path makes paths from them",
+        ),
         ({"group_column": "fsID"}, "group_column: .* has no column 'fsID'"),
         ({"train_folds": ["1", "7"]}, r"train_folds: no clip in fold 7; .* has 1 \(8 clips\), 2 \(8 clips\), 3"),
         ({"labels": ["low", "middle"]}, "train clips have the label 'high', which is not among low, middle"),
@@ -128,8 +131,9 @@ def test_bad_clips_are_all_named_or_skipped_and_listed(caplog):
     with caplog.at_level(logging.WARNING):
         good, bad = drop_bad_clips(splits, errors, "skip")
     assert {split: rows.tolist() for split, rows in good.items()} == {"train": [0, 2], "validation": [3], "test": [4]}
-    assert bad == ["b.wav: silent", "f.wav: empty"] and "Skipped b.wav: silent" in caplog.text
-    with pytest.raises(UserError, match="none of the 1 validation clips"):
+    assert bad == {"train": ["b.wav: silent"], "test": ["f.wav: empty"]}
+    assert "2 clips cannot be used and are left out:\n  b.wav: silent\n  f.wav: empty" in caplog.text
+    with pytest.raises(UserError, match="none of the 1 validation clips can be used; the first: d.wav: silent"):
         drop_bad_clips(splits, ["", "", "", "d.wav: silent", "", ""], "skip")
 
 
@@ -152,7 +156,7 @@ def test_stats_tell_what_a_recipe_trains_on(tones, tmp_path, capsys):
         assert row in table
     assert "seconds: 0.300 shortest, 0.520 median, 0.740 longest, 12 in all" in told
     assert "sampling rates: 16000 Hz (23 clips)" in told
-    assert "unreadable clips: 1\n  clip-23: " in told
+    assert "clips that cannot be used: 1\n  clip-23: " in told
     assert "source recordings in several folds: 1 of 12\n  11: folds 1, 3\n" in told
 
     extractor = ASTFeatureExtractor(do_normalize=False, max_length=1024)
@@ -164,6 +168,7 @@ def test_stats_tell_what_a_recipe_trains_on(tones, tmp_path, capsys):
     energies = np.concatenate(energies)
     mean, std = (float(line[1]) for line in table if line and line[0] in ("mean:", "std:"))
     assert (mean, std) == (pytest.approx(energies.mean(), abs=1e-3), pytest.approx(energies.std(), abs=1e-3))
+    assert "log-mel of the training folds (1), 8 clips, 16000 Hz, 128 bands:\nmean: " in told
 
 
 @pytest.fixture
@@ -198,6 +203,78 @@ def test_a_folder_of_class_folders(class_folders):
     soundfile.write(class_folders / "plain" / "stray.wav", tone(900), 16000)
     with pytest.raises(UserError, match="stray.wav in no class folder"):
         load_clips(data)
+
+
+def test_what_macos_leaves_in_class_folders_is_neither_a_clip_nor_a_class(class_folders):
+    data = DataArguments(dataset=str(class_folders / "plain"), **SHARES)
+    wanted = load_clips(data)[1]
+    for path in sorted((class_folders / "plain").rglob("*.flac")):
+        leave_macos_files(path)
+        leave_macos_files(path.parent)
+    (class_folders / "plain" / "dog" / "._clips.parquet").write_bytes(b"\0\5\26\7")
+    (class_folders / "plain" / "__MACOSX" / "dog").mkdir(parents=True)
+    (class_folders / "plain" / "__MACOSX" / "dog" / "._0.flac").write_bytes(b"\0\5\26\7")
+    assert load_clips(data)[1].equals(wanted)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "path"),
+    [
+        ("urbansound8k/ast.yaml", "7-1-0-0.wav", "audio/fold4/7-1-0-0.wav"),
+        ("esc50/ast.yaml", "2-7-A-1.wav", "audio/2-7-A-1.wav"),
+    ],
+)
+def test_an_unpacked_archive_is_divided_by_its_own_folds(tmp_path, recipe, name, path):
+    archives = write_archives(tmp_path)
+    parsed = parse_recipe([str(ROOT / "configs" / recipe)])
+    folder = archives[parsed.data.dataset]
+    data = parse_recipe([str(ROOT / "configs" / recipe), "--dataset", str(folder)]).data
+    clips, index = load_clips(data)
+    row = index.index[index["clip"] == name].item()
+    assert len(index) == 20 and index["group"][row] == "7" and index["label"][row] in ("siren", "rain")
+    assert clips[row]["audio"]["path"] == str(folder / path) and load_waveform(clips[row]["audio"]).shape == (8000,)
+    assert {split: set(index["fold"][rows]) for split, rows in split_by_fold(index, data).items()} == {
+        split: set(folds) for split, folds in parsed.data.folds.items()
+    }
+    assert load_clips(data)[0]._fingerprint == clips._fingerprint  # so that the cached features are found again
+    (folder / path).unlink()
+    with pytest.raises(
+        UserError, match=rf"1 of the 20 files of .* do not exist; the first is .*{path} \(clip {name}\)"
+    ):
+        load_clips(data)
+    data.on_bad_clip = "skip"
+    assert len(load_clips(data)[1]) == 20  # the features say which cannot be read
+
+
+def test_a_template_makes_the_paths_of_any_table(class_folders):
+    table = class_folders / "tables" / "clips.csv"
+    table.parent.mkdir()
+    rows = [{"id": row, "kind": "train", "split": name} for row in (1, 3, 5) for name in ("fit", "held_out")]
+    DataFrame(rows).to_csv(table, index=False)
+    told = {"dataset": str(table), "label_column": "kind", "fold_column": "split"}
+
+    def load(template):
+        return load_clips(DataArguments(**told, audio_path=template))
+
+    clips, index = load("../splits/{split}/{kind}/{id:.0f}.flac")
+    assert index["clip"][5] == "../splits/held_out/train/5.flac" and load_waveform(clips[5]["audio"]).shape == (8000,)
+    for template, message in (
+        ("../{split}/{name}.flac", "audio_path: .*clips.csv has no column 'name'; it has id, kind, split"),
+        ("../{split", "audio_path must be a path with columns in braces, .*got '../{split': expected '}'"),
+        ("../{split:d}", "audio_path must be .*Unknown format code 'd'"),
+        (
+            "{split}/{id}.flac",
+            r"dataset: 6 of the 6 files of .*clips.csv do not exist; the first is .*tables/fit/1.flac",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(template)
+    with pytest.raises(UserError, match="audio_path must be left out for synthetic, because it is for local tables"):
+        load_clips(DataArguments(dataset="synthetic", audio_path="{id}.wav"))
+    rows[1]["id"] = None
+    DataFrame(rows).to_csv(table, index=False)
+    with pytest.raises(UserError, match="audio_path: 1 rows have nothing in 'id', the first is 1"):
+        load("../splits/{split}/{kind}/{id:.0f}.flac")
 
 
 def test_splits_of_its_own(class_folders):
@@ -331,7 +408,7 @@ def test_clips_without_a_label_or_a_path_are_an_error(tmp_path):
     with pytest.raises(UserError, match="label_column: 1 rows have nothing in 'label', the first is 1"):
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv")))
     (tmp_path / "x.csv").write_text("audio,label,fold\n,dog,1\nb.wav,cat,1\n")
-    with pytest.raises(UserError, match="audio_column: 1 rows have no path"):
+    with pytest.raises(UserError, match="audio_column: 1 rows have nothing in 'audio', the first is 0"):
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv")))
     with pytest.raises(UserError, match="dataset: found the file .*x.txt, wanted .parquet or .csv"):
         (tmp_path / "x.txt").write_text("a.wav dog")

@@ -53,7 +53,7 @@ METRICS = {
     "train_runtime": 3725.2,
     "train_steps_per_second": 0.5,
     "train_samples_per_second": 5.0,
-    "skipped": [],
+    "skipped": {},
 }  # fmt: skip
 RECIPE = {
     "dataset": "synthetic",
@@ -122,7 +122,7 @@ def card_of(kind: str) -> str:
         metrics |= {"running": {"step": 40, "max_steps": 70}, "dendrites": DENDRITES}
         return model_card(metrics, RECIPE, TEMPLATE, "me/quickstart", {"dendritic.py"})
     recipe = RECIPE | {"dataset": US8K["dataset"], "dataset_revision": "8aa9177", "drop_leaks": True}
-    metrics = METRICS | US8K | {"trained_parameters": 1000, "processes": 2, "skipped": ["a.wav: empty"]}
+    metrics = METRICS | US8K | {"trained_parameters": 1000, "processes": 2, "skipped": {"train": ["a.wav: empty"]}}
     return model_card(metrics, recipe, TEMPLATE, "me/ast-urbansound8k", FIGURES)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from conftest import ROOT, TINY_AST, TINY_CNN14, TINY_VIT, tone, wav
+from conftest import ROOT, TINY_AST, TINY_CNN14, TINY_VIT, leave_macos_files, tone, wav, write_archives
 from datasets import Audio, ClassLabel, Dataset, DatasetInfo, Features, Value
 from transformers import (
     ASTConfig,
@@ -31,23 +31,9 @@ SPEECH_COMMANDS = ("google/speech_commands", "speech_commands_v0.02")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A Parquet file for each Hub data set, two clips a fold, with its columns."""
+    """Each data set as unpacked, or in the Hub's files: two clips a fold, and one that is silent where some are."""
     folder = tmp_path_factory.mktemp("data")
-    rows = {"danavery/urbansound8K": [], "ashraq/esc50": []}
-    for row in range(20):
-        fold, kind = 1 + row // 2, row % 2
-        audio = {"bytes": wav(tone(3000 if kind else 300, 0.5, 22050, row), 22050), "path": f"{row}.wav"}
-        rows["danavery/urbansound8K"].append(
-            {"audio": audio, "slice_file_name": f"{row}-{kind}-0-0.wav", "fsID": row, "start": 0.0, "end": 0.5,
-             "salience": 1, "fold": fold, "classID": kind, "class": ["air_conditioner", "siren"][kind]}
-        )  # fmt: skip
-        rows["ashraq/esc50"].append(
-            {"filename": f"{1 + row // 4}-{row}-A-{kind}.wav", "fold": 1 + row // 4, "target": kind,
-             "category": ["dog", "rain"][kind], "esc10": True, "src_file": row, "take": "A", "audio": audio}
-        )  # fmt: skip
-    files = {name: folder / f"{name.split('/')[1]}.parquet" for name in rows}
-    for name, path in files.items():
-        Dataset.from_list(rows[name]).to_parquet(path)
+    files = write_archives(folder)
     # With splits of its own: a folder with a file for each, which its card names as on the Hub.
     audioset = files["agkphysics/AudioSet"] = folder / "AudioSet"
     audioset.mkdir()
@@ -58,7 +44,7 @@ def data(tmp_path_factory):
     for split in splits:
         clips = [_audioset_clip(split, row) for row in range(100 if "unbal" in split else 40)]
         Dataset.from_list(clips).to_parquet(audioset / f"{split}.parquet")
-    return files | _speech_commands(folder) | {"synthetic": files["danavery/urbansound8K"]}
+    return files | _speech_commands(folder) | {"synthetic": files["danavery/urbansound8K"]}  # which has its columns
 
 
 def _speech_commands(folder: Path) -> dict[str, Path]:
@@ -73,13 +59,15 @@ def _speech_commands(folder: Path) -> dict[str, Path]:
         for row in range(6):
             word, speaker = ("yes", "no", "_silence_")[row % 3], None if row % 3 == 2 else f"{split}{row}"
             name = f"{word}/{speaker}_nohash_0.wav" if speaker else f"_background_noise_/{split}{row}.wav"
-            sound = wav(tone(300 * (1 + row % 3), 0.4, 16000, row))
+            silent = split == "train" and row == 4
+            sound = wav(tone(300 * (1 + row % 3), 0.4, 16000, row) * (not silent))
             rows.append(
                 {"file": name, "audio": {"bytes": sound, "path": Path(name).name}, "label": word, "is_unknown": False,
                  "speaker_id": speaker, "utterance_id": 0}
             )  # fmt: skip
             (archive / name).parent.mkdir(parents=True, exist_ok=True)
             (archive / name).write_bytes(sound)
+            leave_macos_files(archive / name)
         (hub / split).mkdir(parents=True)
         table = pa.table({column: pa.array([row[column] for row in rows]) for column in features})
         table = table.set_column(2, "label", pa.array([features["label"].str2int(row["label"]) for row in rows]))
@@ -96,7 +84,8 @@ def _speech_commands(folder: Path) -> dict[str, Path]:
 def _audioset_clip(split: str, row: int) -> dict:
     kind, name = row % 2, f"{split}-{row}"
     names = [["Speech"], ["Speech", "Dog"]][kind]
-    audio = {"bytes": wav(tone(3000 if kind else 300, 0.3, 16000, row)), "path": f"{name}.wav"}
+    silent = (split, row) in (("train", 0), ("unbal_train", 50))
+    audio = {"bytes": wav(tone(3000 if kind else 300, 0.3, 16000, row) * (not silent)), "path": f"{name}.wav"}
     return {"video_id": name, "audio": audio, "labels": [f"/m/{n}" for n in names], "human_labels": names}
 
 
@@ -150,3 +139,7 @@ def test_a_shipped_recipe_runs(path, data, pretrained, tmp_path, monkeypatch):
     clips = {"ashraq/esc50": 4, "agkphysics/AudioSet": 40} | dict.fromkeys(SPEECH_COMMANDS, 4)
     clips = clips.get(recipe.data.dataset, 2)
     assert metrics["steps"] == 2 and metrics["test"]["clips"] == clips
+    reasons = metrics["skipped"].get("train", [])
+    assert len(reasons) == (recipe.data.dataset in ("agkphysics/AudioSet", *SPEECH_COMMANDS))
+    card = (tmp_path / "run" / "README.md").read_text()  # names a file without its folder
+    assert all("silent" in reason and f"- {Path(reason).name}\n" in card for reason in reasons)

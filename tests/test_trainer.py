@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -18,6 +21,7 @@ import yaml
 from conftest import ROOT, TINY_AST, TONES, tone
 from datasets import Audio, Dataset, load_dataset
 from safetensors.torch import load_file, save_file
+from sklearn.utils import compute_class_weight
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import (
     ASTFeatureExtractor,
@@ -29,13 +33,14 @@ from transformers import (
 )
 
 import train
+from audio_dendrites.data.__main__ import main
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.loading import load_model
 from audio_dendrites.publishing.check import check_pipeline
 from audio_dendrites.recipes import ModelArguments, parse_recipe
 from audio_dendrites.training.checkpoints import CheckpointError, last_checkpoint
-from audio_dendrites.training.losses import classification_loss
+from audio_dendrites.training.losses import balanced_class_weights, classification_loss
 from audio_dendrites.training.process import prepare_process
 
 RECIPE = TONES | {
@@ -328,12 +333,17 @@ def test_the_same_clips_in_another_order_give_the_same_model(recipe, tones, tmp_
     assert_same_tensors(load_file(first), load_file(second))
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_two_processes_train_as_one_with_the_same_total_batch(recipe, tmp_path, balanced):
+@pytest.mark.parametrize(
+    "fields", [{"class_weights": "auto", "mean": "auto", "std": "auto"}, {"balanced_sampling": True}], ids=str
+)
+def test_two_processes_train_as_one_with_the_same_total_batch(recipe, tones, tmp_path, fields):
+    rows = load_dataset("parquet", data_files=str(tones), split="train").to_list()
+    rows[0]["kind"] = "high"  # five clips of it, and three of low
+    Dataset.from_list(rows).to_parquet(tones)
     # SGD, because Adam turns a rounding error in a gradient near zero into a step of the learning rate's size.
     path = recipe(
-        num_train_epochs=2, mixup_alpha=0.0, optim="sgd", learning_rate=0.1, balanced_sampling=balanced,
-        total_batch_size=4, per_device_train_batch_size=4,
+        num_train_epochs=2, mixup_alpha=0.0, optim="sgd", learning_rate=0.1, total_batch_size=4,
+        per_device_train_batch_size=4, **fields,
     )  # fmt: skip
     run(path, "--output_dir", str(tmp_path / "one"))
     run(path, "--learning_rate", "0", "--output_dir", str(tmp_path / "start"))
@@ -429,15 +439,37 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(recipe, tmp_path)
     assert_same_tensors(before, load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors"))
 
 
-def test_bad_clips_are_skipped_counted_and_listed(recipe, tones, tmp_path):
+def test_bad_clips_are_skipped_counted_and_listed(recipe, tones, tmp_path, capsys):
     rows = load_dataset("parquet", data_files=str(tones), split="train").to_list()
-    rows[3]["audio"]["bytes"] = rows[3]["audio"]["bytes"][:200]
+    for row in (0, 1, 2, 3, 17):
+        rows[row]["audio"]["bytes"] = rows[row]["audio"]["bytes"][:200]
     Dataset.from_list(rows).to_parquet(tones)
-    with pytest.raises(UserError, match="(?s)1 clips cannot be used .*clip-3"):
+    with pytest.raises(UserError, match="(?s)5 clips cannot be used .*clip-3"):
         run(recipe())
     run(recipe(on_bad_clip="skip", num_train_epochs=1))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert len(metrics["skipped"]) == 1 and "clip-3" in metrics["skipped"][0]
+    assert {split: len(reasons) for split, reasons in metrics["skipped"].items()} == {"train": 4, "test": 1}
+    told = "Clips that could not be used and were left out: 4 train, 1 test.\n\n- clip-0: truncated"
+    for text in (capsys.readouterr().out, (tmp_path / "run" / "README.md").read_text()):
+        assert told in text and "- and 1 more\n- clip-17: truncated" in text and "clip-3" not in text
+
+
+def test_mean_and_std_are_computed_from_the_training_folds_and_saved_as_numbers(recipe, tmp_path, capsys, caplog):
+    path = recipe(mean="auto", std="auto", max_steps=2, eval_strategy="no", save_strategy="no",
+                  load_best_model_at_end=False)  # fmt: skip
+    with caplog.at_level("INFO"):
+        run(path)
+    assert re.search(r"log-mel of 24 clips was measured in \d+\.\d seconds", caplog.text)
+    assert re.search(r"mean -\d+\.\d{4} and std \d\.\d{4} of the log-mel of 8 training clips", caplog.text)
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert AutoFeatureExtractor.from_pretrained(tmp_path / "run").to_dict().items() >= {
+        "mean": saved["mean"], "std": saved["std"], "do_normalize": True,
+    }.items()  # fmt: skip
+    main(["stats", str(path)])
+    assert capsys.readouterr().out.endswith(f"mean: {saved['mean']:.4f}\nstd: {saved['std']:.4f}\n")
+    run(path)  # is the same recipe, so that it has finished
+    with pytest.raises(UserError, match="train_folds was"):
+        run(path, "--train_folds", "3", "--test_folds", "1", "--std", str(saved["std"]))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -453,6 +485,54 @@ def test_the_loss_of_accumulated_soft_labels_is_that_of_the_whole_batch(smoothin
     hard = labels.argmax(1)
     whole = torch.nn.functional.cross_entropy(logits, hard, label_smoothing=smoothing)
     assert torch.allclose(loss(slice(2), hard, 6) + loss(slice(2, 6), hard, 6), whole)
+
+
+def test_class_weights_are_scikit_learns_and_exact_over_micro_batches():
+    targets, names = np.array([0, 0, 0, 1, 1, 2]), ["a", "b", "c"]
+    weights = balanced_class_weights(targets, names)
+    assert np.allclose(weights, compute_class_weight("balanced", classes=np.arange(3), y=targets))
+    several = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]])  # the same six labels
+    assert np.allclose(balanced_class_weights(several, names), weights)
+    with pytest.raises(UserError, match="class_weights: no training clip has the label 'd'"):
+        balanced_class_weights(targets, [*names, "d"])
+
+    weights, logits, numbers = torch.tensor(weights).float(), torch.randn(6, 3), torch.tensor(targets)
+    soft, hard = torch.rand(6, 3), torch.eye(3)[numbers]
+    log_p, log_not_p = torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
+    for loss, labels, wanted in (
+        ("cross_entropy", numbers, -(hard * weights * logits.log_softmax(1)).sum() / 6),
+        ("cross_entropy", soft, -(soft * weights * logits.log_softmax(1)).sum() / 6),
+        ("bce", numbers, -(weights * (hard * log_p + (1 - hard) * log_not_p)).mean()),
+        ("bce", soft, -(weights * (soft * log_p + (1 - soft) * log_not_p)).mean()),
+    ):
+        parts = [
+            classification_loss(
+                SimpleNamespace(logits=logits[rows]), labels[rows], labels.numel(), loss=loss, class_weights=weights
+            )
+            for rows in (slice(2), slice(2, 6))
+        ]
+        assert torch.allclose(sum(parts), wanted)
+
+
+@pytest.mark.parametrize("label_column", ["kind", "kinds"])
+def test_class_weights_reach_the_loss_and_metrics_json(recipe, chords, tmp_path, label_column, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "audio_dendrites.training.trainer.classification_loss",
+        lambda *args, **settings: given.append(settings["class_weights"]) or classification_loss(*args, **settings),
+    )
+    path = recipe(
+        dataset=str(chords), label_column=label_column, metric_for_best_model="mAP", class_weights="auto", max_steps=1
+    )
+    run(path)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    train = load_dataset("parquet", data_files=str(chords), split="train[:8]")
+    counts = Counter(chain(*train["kinds"]) if label_column == "kinds" else train["kind"])
+    assert metrics["class_weights"] == {name: counts.total() / 2 / counts[name] for name in ("high", "low")}
+    assert given[0].tolist() == pytest.approx(list(metrics["class_weights"].values()))
+    assert "| class_weights | auto |" in (tmp_path / "run" / "README.md").read_text()
+    with pytest.raises(UserError, match="class_weights must be left out with balanced_sampling: true"):
+        run(path, "--balanced_sampling", "true")
 
 
 def test_learning_rates_reach_the_optimizer(recipe, tmp_path):

@@ -5,14 +5,19 @@ python -m audio_dendrites.data stats configs/urbansound8k/ast.yaml [--field valu
 """
 
 import argparse
+import logging
 import sys
 
 from audio_dendrites.data.download import download
 from audio_dendrites.data.stats import stats
 from audio_dendrites.errors import UserError
+from audio_dendrites.models.loading import load_extractor
 from audio_dendrites.recipes import parse_recipe
 
-COMMANDS = {"download": download, "stats": stats}
+COMMANDS = {
+    "download": download,
+    "stats": lambda recipe: stats(recipe, load_extractor(recipe.model, recipe.features)),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -31,4 +36,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("audio_dendrites").setLevel(logging.INFO)
     main(sys.argv[1:])

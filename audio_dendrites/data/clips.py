@@ -1,10 +1,11 @@
-"""Load clips from the Hub, a folder, a file or the embedded set: their sound, and an index of what is known of them."""
+"""Load clips from the Hub, a folder, a file or the embedded data set: their sound, and an index of their columns."""
 
 import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import datasets
@@ -28,12 +29,16 @@ from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from huggingface_hub.utils import httpx
 from pandas import DataFrame, Series
 
-from audio_dendrites.data.splits import drawn_splits, listed_splits, without_labels
+from audio_dendrites.data.splits import drawn_splits, folder_of, listed_splits, without_labels
 from audio_dendrites.data.synthetic import load_synthetic
 from audio_dendrites.errors import UserError
 from audio_dendrites.recipes import DataArguments
 
 FILES = {".parquet": "parquet", ".csv": "csv"}
+ARCHIVES = {  # unpacked archives by the table that tells them: the `audio_path` of their clips
+    "metadata/UrbanSound8K.csv": "audio/fold{fold}/{slice_file_name}",
+    "meta/esc50.csv": "audio/{filename}",
+}
 
 
 def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
@@ -45,18 +50,19 @@ def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
         data set has lists) and `group` (the source recording, or the clip itself if no column names a recording).
 
     Raises:
-        UserError: The data set is unknown or unreachable, lacks a column, or has a clip in two rows.
+        UserError: The data set is unknown or unreachable, lacks a column or a file, or has a clip in two rows.
     """
+    template = _path_template(arguments)
     clips, splits = _load(arguments)
+    if template:
+        clips = _with_paths(clips, template, arguments)
     fields = ("audio_column", "label_column", "fold_column", "clip_column", "group_column")
     for field in fields:
         column = getattr(arguments, field)
         if column is not None and column not in clips.column_names:
-            raise UserError(
-                f"{field}: {arguments.dataset} has no column {column!r}; it has {', '.join(clips.column_names)}"
-            )
-    clips, paths = _with_sound(clips, arguments)
+            raise _no_column(field, column, clips, arguments)
     index = DataFrame({"label": _labels(clips, arguments)})
+    clips, paths = _with_sound(clips, arguments)
     index["clip"] = _texts(clips, arguments.clip_column) if arguments.clip_column else paths
     index["group"] = _texts(clips, arguments.group_column) if arguments.group_column else index["clip"]
     if arguments.fold_column:
@@ -101,8 +107,7 @@ def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
                 raise UserError(f"dataset: found the file {name}, wanted {' or '.join(FILES)}")
             loaded = load_dataset(FILES[suffix], data_files=str(Path(name).expanduser()), split=wanted)
         elif kind == "folder":
-            folder = Path(name).expanduser() / (arguments.dataset_dir or "")
-            if not folder.is_dir():
+            if not (folder := folder_of(arguments)).is_dir():
                 raise no_folder(arguments)
             loaded = _load_folder(folder, arguments, wanted)
         else:
@@ -157,8 +162,10 @@ def below(arguments: DataArguments) -> str:
 
 
 def _load_folder(folder: Path, arguments: DataArguments, wanted: list[str]) -> list[Dataset]:
-    """A folder of Parquet files, or of class folders: <class>/<clip>, below <split>/ where splits are asked for."""
-    if any(folder.rglob("*.parquet")):
+    """An unpacked archive, a folder of Parquet files, or class folders: <class>/<clip>, below <split>/ if asked for."""
+    if table := _table_of_archive(folder):
+        return load_dataset("csv", data_files=glob.escape(str(folder / table)), split=wanted)
+    if any(folder.rglob("[!.]*.parquet")):  # macOS leaves ._ files beside the real ones
         return load_dataset(str(folder), split=wanted)
     # Told by hand, because the library takes a class folder named "train" or "test" for a split.
     places = {split: folder / split if arguments.train_split else folder for split in wanted}
@@ -179,22 +186,79 @@ def _load_folder(folder: Path, arguments: DataArguments, wanted: list[str]) -> l
     return loaded
 
 
+def _table_of_archive(folder: Path) -> str | None:
+    return next((table for table in ARCHIVES if (folder / table).is_file()), None)
+
+
+def _path_template(arguments: DataArguments) -> str | None:
+    """The recipe's `audio_path`, or that of the archive that the data set is."""
+    kind = kind_of(arguments.dataset)
+    if arguments.audio_path and kind not in ("file", "folder"):
+        raise UserError(f"audio_path must be left out for {arguments.dataset}, because it is for local tables")
+    table = _table_of_archive(folder_of(arguments)) if kind == "folder" else None
+    return arguments.audio_path or ARCHIVES.get(table)
+
+
+def _with_paths(clips: Dataset, template: str, arguments: DataArguments) -> Dataset:
+    """Clips whose `audio_column` holds paths, each made from the other columns.
+
+    A path may lead out of the folder with `..`: the table is a local file, and the paths are only read as sound.
+
+    Args:
+        clips: Rows of a table.
+        template: A path with columns in braces, and with formats as `str.format` takes them: `{id:06d}.wav`.
+
+    Raises:
+        UserError: The template names a column that does not exist, or a value is missing or does not fit its format.
+    """
+    try:
+        parts = list(Formatter().parse(template))  # (text, column after it or None, format, conversion)
+        columns = dict.fromkeys(column for _, column, _, _ in parts if column is not None)
+        if missing := [column for column in columns if column not in clips.column_names]:
+            raise _no_column("audio_path", missing[0], clips, arguments)
+        values = {None: [""] * len(clips)} | {column: _values(clips, column, "audio_path") for column in columns}
+        paths = [
+            "".join(text + format(values[column][row], style or "") for text, column, style, _ in parts)
+            for row in range(len(clips))
+        ]
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(
+            f"audio_path must be a path with columns in braces, such as 'audio/{{name}}.wav', got {template!r}: {error}"
+        ) from error
+    others = [column for column in clips.column_names if column != arguments.audio_column]
+    return clips.select_columns(others).add_column(arguments.audio_column, paths, feature=Value("string"))
+
+
+def _no_column(field: str, column: str, clips: Dataset, arguments: DataArguments) -> UserError:
+    hint = "; audio_path makes paths from them" if field == "audio_column" and is_local(arguments.dataset) else ""
+    present = ", ".join(clips.column_names)
+    return UserError(f"{field}: {arguments.dataset} has no column {column!r}; it has {present}{hint}")
+
+
 def _with_sound(clips: Dataset, arguments: DataArguments) -> tuple[Dataset, list[str]]:
-    """Paths in text columns become audio; and a name for each clip: its path if all have different ones, or its row."""
-    column, folder = arguments.audio_column, Path(arguments.dataset).expanduser().resolve()
-    folder = folder if folder.is_dir() else folder.parent
+    """The clips with their sound in `audio_column`, also where it holds paths, and a name for each clip.
+
+    The name is the clip's path if all paths differ, and the number of its row otherwise.
+    """
+    column, folder = arguments.audio_column, folder_of(arguments).resolve()
     kind = clips.features[column]
     if isinstance(kind, Audio | dict):
         paths = [path for chunk in clips.data.column(column).chunks for path in chunk.field("path").to_pylist()]
     elif kind in (Value("string"), Value("large_string")):
-        paths = clips.with_format("arrow")[:][column].to_pylist()
         if kind_of(arguments.dataset) == "hub":
             raise UserError(f"audio_column: {column!r} of {arguments.dataset} holds text, wanted Audio")
-        if missing := [row for row, path in enumerate(paths) if not path]:
-            raise UserError(f"audio_column: {len(missing)} rows have no path in {column!r}, the first is {missing[0]}")
-        files = [str(folder / path) for path in paths]
+        files = [str(folder / path) for path in _values(clips, column, "audio_column")]
         # The features are computed again where a file has changed.
-        states = [(file, stat.st_mtime_ns, stat.st_size) for file in files if (stat := _stat(file))]
+        states = [_state(file) for file in files]
+        if None in states and arguments.on_bad_clip == "error":
+            row = states.index(None)
+            clip = f" (clip {_texts(clips, arguments.clip_column)[row]})" if arguments.clip_column else ""
+            raise UserError(
+                f"dataset: {states.count(None)} of the {len(files)} files of {arguments.dataset} do not exist; the "
+                f"first is {files[row]}{clip}. --on_bad_clip skip leaves such clips out"
+            )
         clips = clips.with_format("arrow").map(
             _as_audio, fn_kwargs={"column": column, "folder": str(folder)}, batched=True,
             features=Features({**clips.features, column: Audio(decode=False)}),
@@ -238,8 +302,9 @@ def _check_unique(clips: Dataset, index: DataFrame, arguments: DataArguments) ->
             )
 
 
-def _stat(file: str) -> os.stat_result | None:
-    return os.stat(file) if os.path.isfile(file) else None
+def _state(file: str) -> tuple[int, int] | None:
+    """When a file was changed and its size; None if there is no such file."""
+    return (os.stat(file).st_mtime_ns, os.stat(file).st_size) if os.path.isfile(file) else None
 
 
 def _as_audio(table: pa.Table, column: str, folder: str) -> pa.Table:
@@ -293,15 +358,25 @@ def hub_errors(field: str, name: str, revision: str | None, way_out: str) -> Ite
 def _labels(clips: Dataset, arguments: DataArguments) -> list[str] | list[list[str]]:
     """The class name of each clip, or a list of them."""
     column = arguments.label_column
-    values = clips.with_format("arrow")[:][column].to_pylist()
-    if missing := [row for row, value in enumerate(values) if value is None or value != value]:
-        raise UserError(f"label_column: {len(missing)} rows have nothing in {column!r}, the first is {missing[0]}")
+    _values(clips, column, "label_column")
     labels = _texts(clips, column)
     if (separator := arguments.label_separator) is None:
         return labels
     if isinstance(labels[0], list):
         raise UserError(f"label_separator: found {separator!r}, but {column!r} holds lists already: wanted none")
     return [[name.strip() for name in text.split(separator) if name.strip()] for text in labels]
+
+
+def _values(clips: Dataset, column: str, field: str) -> list[Any]:
+    """A column that has a value in every row; class numbers by their names where the data set has them.
+
+    Raises:
+        UserError: A row has none.
+    """
+    feature, values = clips.features[column], clips.with_format("arrow")[:][column].to_pylist()
+    if missing := [row for row, value in enumerate(values) if value is None or value != value]:
+        raise UserError(f"{field}: {len(missing)} rows have nothing in {column!r}, the first is {missing[0]}")
+    return [feature.names[value] for value in values] if isinstance(feature, ClassLabel) else values
 
 
 def _texts(clips: Dataset, column: str) -> list[Any]:

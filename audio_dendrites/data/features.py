@@ -34,6 +34,8 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
     extractor: a model published with it loads without this package.
     """
 
+    stored_as = "float16"  # of the features in the cache
+
     @property
     def cache_key(self) -> dict[str, Any]:
         """The settings that change a number."""
@@ -174,6 +176,7 @@ class Waveforms:
     std: float
     convention: str = "kaldi"
     row_width = None
+    stored_as = "float16"
 
     @property
     def cache_key(self) -> dict[str, Any]:
@@ -200,6 +203,31 @@ class Waveforms:
         return Wav2Vec2FeatureExtractor(
             sampling_rate=self.sampling_rate, do_normalize=False, return_attention_mask=True
         )
+
+
+@dataclass(frozen=True)
+class LogMelMoments:
+    """What the mean and the standard deviation of the log-mel are computed from, for `extract_features`.
+
+    Attributes:
+        sampling_rate: In Hz.
+        num_mel_bins: Mel bands.
+    """
+
+    sampling_rate: int
+    num_mel_bins: int
+    stored_as = "float64"
+
+    @property
+    def cache_key(self) -> dict[str, Any]:
+        """The settings that change a number."""
+        return {"moments": True, **vars(self)}
+
+    def features(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Of each clip's log-mel before normalisation: how many numbers, their sum, and their squares' sum; float64."""
+        extractor = BatchedASTFeatureExtractor(**vars(self), do_normalize=False)
+        clips = [energies.double() for energies in extractor.log_mel(waveforms)]
+        return [torch.stack([torch.ones_like(clip).sum(), clip.sum(), clip.square().sum()]) for clip in clips]
 
 
 @lru_cache(maxsize=8)
@@ -265,12 +293,13 @@ def _log_mel_energies(frames: torch.Tensor, sampling_rate: int, num_mel_bins: in
 
 def extract_features(
     clips: datasets.Dataset,
-    extractor: BatchedASTFeatureExtractor | Waveforms,
+    extractor: BatchedASTFeatureExtractor | Waveforms | LogMelMoments,
     audio_column: str = "audio",
     id_column: str | None = None,
     num_proc: int | None = None,
     batch_size: int = 32,
     channel: str = "mean",
+    desc: str = "Features",
 ) -> datasets.Dataset:
     """Replace the audio of a data set by its features, log-mel or waveforms, cached on disk.
 
@@ -285,10 +314,12 @@ def extract_features(
         num_proc: Processes; None: this one.
         batch_size: Clips a call; more only takes more memory.
         channel: As in `load_waveform`.
+        desc: Title of the progress bar.
 
     Returns:
         The other columns and two new ones: `input_values`, float16, (frames * num_mel_bins,) frame by frame or
-        (samples,), at the clip's own length, and `error`: "", or why the clip could not be read and has no frames.
+        (samples,), at the clip's own length, or of moments float64, (3,); and `error`: "", or why the clip could not be
+        read and has no values.
 
     Raises:
         ValueError: The data set lacks the audio column or has one that is named as a new one.
@@ -309,7 +340,7 @@ def extract_features(
     kept = {name: kind for name, kind in clips.features.items() if name != audio_column}
     # Flat lists of float16, through Arrow: Array2D took as long to write, but twenty times as long to read a random
     # clip; "binary" took as long as the lists and hides the numbers from every other reader.
-    features = Features({**kept, "input_values": List(Value("float16")), "error": Value("string")})
+    features = Features({**kept, "input_values": List(Value(extractor.stored_as)), "error": Value("string")})
     mapped = clips.with_format("arrow").map(
         partial(
             _extract_batch,
@@ -325,7 +356,7 @@ def extract_features(
         features=features,
         num_proc=num_proc,
         new_fingerprint=Hasher.hash([clips._fingerprint, settings]),
-        desc="Features",
+        desc=desc,
     )
     return mapped.with_format(None)
 
@@ -333,7 +364,7 @@ def extract_features(
 def _extract_batch(
     clips: pa.Table,
     rows: Sequence[int],
-    extractor: BatchedASTFeatureExtractor | Waveforms,
+    extractor: BatchedASTFeatureExtractor | Waveforms | LogMelMoments,
     audio_column: str,
     id_column: str | None,
     channel: str,
@@ -353,10 +384,10 @@ def _extract_batch(
         except BadClip as error:
             errors[place] = str(error)
     sizes = np.zeros(len(rows) + 1, dtype=np.int32)
-    values = [np.empty(0, dtype=np.float16)]
+    values = [np.empty(0, dtype=extractor.stored_as)]
     for place, energies in zip(waveforms, extractor.features(list(waveforms.values())), strict=True):
         sizes[place + 1] = energies.numel()
-        values.append(energies.half().numpy().ravel())
+        values.append(energies.numpy().astype(extractor.stored_as).ravel())
     offsets = np.cumsum(sizes, dtype=np.int32)
     lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values)))
     return (

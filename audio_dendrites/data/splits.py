@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import chain
 from math import lcm
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from audio_dendrites.errors import UserError
 from audio_dendrites.recipes import SPLITS, DataArguments
 
 logger = logging.getLogger(__name__)
+
+
+def folder_of(arguments: DataArguments) -> Path:
+    """The folder to which the paths of a local data set are relative: its own, or that of its table."""
+    path = Path(arguments.dataset).expanduser()
+    return (path if path.is_dir() else path.parent) / (arguments.dataset_dir or "")
 
 
 def split_by_fold(index: DataFrame, arguments: DataArguments) -> dict[str, np.ndarray]:
@@ -92,8 +99,8 @@ def encode_labels(names: Series, labels: Sequence[str]) -> np.ndarray:
 
 def drop_bad_clips(
     splits: dict[str, np.ndarray], errors: Sequence[str], on_bad_clip: str
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Leave out the clips that could not be read.
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Leave out the clips that cannot be used, such as silent or damaged ones.
 
     Args:
         splits: Row numbers of each split.
@@ -101,22 +108,25 @@ def drop_bad_clips(
         on_bad_clip: error or skip.
 
     Returns:
-        The splits without them, and their errors.
+        The splits without these clips, and the errors of each split that has any.
 
     Raises:
-        UserError: There are bad clips and `on_bad_clip` is error, or a split has no other.
+        UserError: There are bad clips and `on_bad_clip` is error, or a split has no other clips.
     """
     errors = np.asarray(errors)
-    bad = [errors[row] for rows in splits.values() for row in rows if errors[row]]
-    if bad and on_bad_clip == "error":
-        listed = "".join(f"\n  {error}" for error in bad[:20]) + f"\n  and {len(bad) - 20} more" * (len(bad) > 20)
-        raise UserError(f"{len(bad)} clips cannot be used (--on_bad_clip skip leaves them out):{listed}")
-    for error in bad:
-        logger.warning("Skipped %s", error)
+    bad = {split: [error for error in errors[rows].tolist() if error] for split, rows in splits.items()}
+    listed = list(chain(*bad.values()))
+    told = "".join(f"\n  {error}" for error in listed[:20]) + f"\n  and {len(listed) - 20} more" * (len(listed) > 20)
+    if listed and on_bad_clip == "error":
+        raise UserError(f"{len(listed)} clips cannot be used (--on_bad_clip skip leaves them out):{told}")
     good = {split: rows[errors[rows] == ""] for split, rows in splits.items()}
     if empty := [split for split, rows in good.items() if not len(rows)]:
-        raise UserError(f"none of the {len(splits[empty[0]])} {empty[0]} clips can be used; the first: {bad[0]}")
-    return good, bad
+        raise UserError(
+            f"none of the {len(splits[empty[0]])} {empty[0]} clips can be used; the first: {bad[empty[0]][0]}"
+        )
+    if listed:
+        logger.warning("%d clips cannot be used and are left out:%s", len(listed), told)
+    return good, {split: found for split, found in bad.items() if found}
 
 
 def drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
@@ -151,9 +161,8 @@ def drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
 
 
 def listed_splits(names: Series, arguments: DataArguments) -> np.ndarray:
-    """The name of each clip's split, by the two lists of clips."""
-    folder = Path(arguments.dataset).expanduser()
-    folder = folder if folder.is_dir() else folder.parent if folder.exists() else Path()
+    """The split of each clip, as the two lists of clips name them."""
+    folder = folder_of(arguments) if Path(arguments.dataset).expanduser().exists() else Path()
     splits = np.full(len(names), "train", dtype=object)
     for split in ("validation", "test"):
         path = folder / getattr(arguments, f"{split}_list")

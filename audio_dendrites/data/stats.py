@@ -1,72 +1,133 @@
-"""Print what the data set of a recipe holds."""
+"""Statistics of a recipe's data set: what the program prints, and numbers in place of `mean: auto` and `std: auto`."""
 
+import dataclasses
 import io
+import logging
+import time
 from collections import Counter
+from math import sqrt
 
+import datasets
 import numpy as np
 import soundfile
-from datasets import (
-    Audio,
-)
+from datasets import Audio
+from joblib import cpu_count
 from pandas import crosstab
 
-from audio_dendrites.data.audio import BadClip, load_waveform
 from audio_dendrites.data.clips import load_clips
-from audio_dendrites.data.features import BatchedASTFeatureExtractor
+from audio_dendrites.data.features import BatchedASTFeatureExtractor, LogMelMoments, Waveforms, extract_features
 from audio_dendrites.data.splits import split_by_fold
 from audio_dendrites.errors import UserError
-from audio_dendrites.recipes import Recipe
+from audio_dendrites.recipes import DataArguments, Recipe
+
+logger = logging.getLogger(__name__)
 
 
-def stats(recipe: Recipe) -> None:
+def log_mel_moments(
+    clips: datasets.Dataset, arguments: DataArguments, extractor: BatchedASTFeatureExtractor | Waveforms
+) -> datasets.Dataset:
+    """What `mean_and_std` needs of each clip. The cache on disk saves other folds and later runs a second pass.
+
+    Args:
+        clips: As `load_clips` gives them.
+        arguments: The recipe's.
+        extractor: Whose sampling rate and mel bands the numbers are for.
+    """
+    start = time.perf_counter()
+    moments = extract_features(
+        clips,
+        LogMelMoments(extractor.sampling_rate, extractor.num_mel_bins),
+        arguments.audio_column,
+        arguments.clip_column,
+        num_proc=arguments.preprocessing_num_workers or cpu_count(),
+        channel=arguments.channel,
+        desc="Mean and std",
+    )
+    logger.info("The log-mel of %d clips was measured in %.1f seconds.", len(clips), time.perf_counter() - start)
+    return moments
+
+
+def mean_and_std(moments: datasets.Dataset, train: np.ndarray) -> dict[str, float]:
+    """Mean and standard deviation of the log-mel over all frames and bands of the training clips, to four digits.
+
+    The clips have their own length, and no augmentation. Those that cannot be read are left out.
+
+    Args:
+        moments: As `log_mel_moments` gives them.
+        train: Row numbers of the training clips.
+
+    Raises:
+        UserError: No training clip can be read.
+    """
+    errors = np.asarray(moments["error"])[train]
+    if not (good := train[errors == ""]).size:
+        raise UserError(f"none of the {len(train)} training clips can be read; the first: {errors[0]}")
+    count, total, squares = np.sum(moments.with_format("arrow")[good]["input_values"].to_pylist(), axis=0)
+    mean = total / count
+    return {"mean": round(float(mean), 4), "std": round(sqrt(squares / count - mean**2), 4)}
+
+
+def with_statistics(recipe: Recipe, moments: datasets.Dataset, train: np.ndarray) -> Recipe:
+    """The recipe with numbers in place of `mean: auto` and `std: auto`.
+
+    Args:
+        recipe: With auto in one of them, or in both.
+        moments: As `log_mel_moments` gives them.
+        train: Row numbers of the training clips.
+
+    Raises:
+        UserError: No training clip can be read.
+    """
+    found = mean_and_std(moments, train)
+    logger.info("mean %.4f and std %.4f of the log-mel of %d training clips.", *found.values(), len(train))
+    numbers = {name: value for name, value in found.items() if getattr(recipe.features, name) == "auto"}
+    return dataclasses.replace(recipe, features=dataclasses.replace(recipe.features, **numbers))
+
+
+def stats(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> None:
     """Print what a recipe's data set holds: clips by class and fold, lengths, rates, leaks, and the log-mel's level.
 
-    Mean and standard deviation are those of the log-mel energies (`ASTFeatureExtractor`'s, before normalisation) over
-    all frames and bands of the training clips at their own length: what the fields `mean` and `std` want.
+    Args:
+        recipe: Whose data set to describe.
+        extractor: Whose sampling rate and mel bands the mean and the standard deviation are for.
 
     Raises:
         UserError: The data set is unknown or unreachable, its folds do not fit, or no training clip can be read.
     """
     arguments = recipe.data
     clips, index = load_clips(arguments)
-    splits = split_by_fold(index, arguments)
+    train = split_by_fold(index, arguments)["train"]
     print(f"{len(clips):,} clips of {arguments.dataset}\n")
     labelled = index.explode("label")
     counts = crosstab(labelled["label"], labelled["fold"], margins=True, margins_name="all")
     folds = sorted(set(index["fold"]), key=lambda fold: (len(fold), fold))
     print(counts.reindex(columns=[*folds, "all"]).to_string())
 
-    settings = {name: getattr(recipe.features, name) for name in ("sampling_rate", "num_mel_bins")}
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    extractor = BatchedASTFeatureExtractor(**chosen, do_normalize=False)
-    sound = clips.select_columns(arguments.audio_column).cast_column(arguments.audio_column, Audio(decode=False))
-    train, seconds, rates, bad = set(splits["train"].tolist()), [], Counter(), []
-    count, total, squares = 0, 0.0, 0.0
-    for row, name in enumerate(index["clip"]):
-        audio = sound[row][arguments.audio_column]
-        try:
-            info = soundfile.info(io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"])
-            seconds.append(info.duration)
-            rates[info.samplerate] += 1
-            if row in train:
-                waveform = load_waveform(audio, extractor.sampling_rate, name, arguments.channel)
-                energies = extractor.log_mel([waveform])[0].double()
-                count, total = count + energies.numel(), total + energies.sum().item()
-                squares += energies.square().sum().item()
-        except (BadClip, soundfile.LibsndfileError) as error:
-            bad.append(f"{name}: {error}" if name not in str(error) else str(error))
-    if not count:
-        raise UserError(f"none of the {len(train)} training clips can be read; the first: {bad[0]}")
+    moments = log_mel_moments(clips, arguments, extractor)
+    errors = np.asarray(moments["error"])
+    bad = errors[errors != ""]
+    found = mean_and_std(moments, train)
+    seconds, rates = _lengths_and_rates(clips.select(np.flatnonzero(errors == "")), arguments.audio_column)
 
     low, middle, high = np.quantile(seconds, [0, 0.5, 1])
     print(f"\nseconds: {low:.3f} shortest, {middle:.3f} median, {high:.3f} longest, {sum(seconds):,.0f} in all")
     print("sampling rates: " + ", ".join(f"{rate} Hz ({clips} clips)" for rate, clips in sorted(rates.items())))
-    print(f"unreadable clips: {len(bad)}" + "".join(f"\n  {error}" for error in bad[:20]))
+    print(f"clips that cannot be used: {len(bad)}" + "".join(f"\n  {error}" for error in bad[:20]))
     by_group = index.groupby("group")["fold"].unique()
     leaks = by_group[by_group.map(len) > 1]
     print(f"source recordings in several folds: {len(leaks)} of {len(by_group)}")
-    for group, found in leaks.items():
-        print(f"  {group}: folds {', '.join(sorted(found))}")
-    mean = total / count
-    print(f"log-mel of the training folds ({', '.join(arguments.folds['train'])}), {len(train):,} clips:")
-    print(f"mean: {mean:.4f}\nstd: {(squares / count - mean**2) ** 0.5:.4f}")
+    for group, present in leaks.items():
+        print(f"  {group}: folds {', '.join(sorted(present))}")
+    print(
+        f"log-mel of the training folds ({', '.join(arguments.folds['train'])}), {len(train):,} clips, "
+        f"{extractor.sampling_rate} Hz, {extractor.num_mel_bins} bands:"
+    )
+    print("".join(f"{name}: {value:.4f}\n" for name, value in found.items()), end="")
+
+
+def _lengths_and_rates(clips: datasets.Dataset, audio_column: str) -> tuple[list[float], Counter[int]]:
+    """The seconds of each clip, and how many clips have which sampling rate, from the headers of their files."""
+    sound = clips.select_columns(audio_column).cast_column(audio_column, Audio(decode=False))
+    files = (row[audio_column] for row in sound)
+    headers = [soundfile.info(file["path"] if file["bytes"] is None else io.BytesIO(file["bytes"])) for file in files]
+    return [header.duration for header in headers], Counter(header.samplerate for header in headers)

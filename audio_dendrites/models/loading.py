@@ -135,7 +135,8 @@ FAMILIES = {  # a model that two can start from is the first one's, unless the r
 def load_extractor(model: ModelArguments, features: FeatureArguments) -> BatchedASTFeatureExtractor | Waveforms:
     """The feature extractor of the pretrained model, or ASTFeatureExtractor's defaults, as the recipe changes it.
 
-    With `waveform` its settings become those of the model's front end, and the features are the waveforms.
+    With `waveform` its settings become those of the model's front end, and the features are the waveforms. A setting
+    that is still auto counts as left out.
 
     Raises:
         UserError: The pretrained model has none, or a setting makes no sense.
@@ -144,6 +145,12 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Batched
     pretrained = None if model.model is None else _pretrained_config(model)
     if isinstance(pretrained, WaveformConfig):
         return _waveforms_of(model, pretrained, settings)
+    settings = {name: value for name, value in settings.items() if value != "auto"}
+    convention = settings.pop("convention", "kaldi")
+    if convention == "librosa":
+        if not model.waveform:
+            raise UserError("convention must be kaldi with waveform: false, got librosa, which the model computes")
+        settings = {"mean": 0.0, "std": 0.5} | settings
     if pretrained is None or pretrained.model_type in IMAGE_MODELS:  # beside which is what prepares pictures
         log_mel = BatchedASTFeatureExtractor(**settings)
     else:
@@ -155,8 +162,9 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Batched
         return log_mel
     rate = log_mel.sampling_rate
     return Waveforms(
-        rate, log_mel.max_length, window_samples(rate), rate // 100, log_mel.num_mel_bins,
-        mean=log_mel.mean if log_mel.do_normalize else 0.0, std=log_mel.std if log_mel.do_normalize else 0.5,
+        rate, log_mel.max_length, window_samples(rate) if convention == "kaldi" else 0, rate // 100,
+        log_mel.num_mel_bins, mean=log_mel.mean if log_mel.do_normalize else 0.0,
+        std=log_mel.std if log_mel.do_normalize else 0.5, convention=convention,
     )  # fmt: skip
 
 
@@ -183,6 +191,10 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
     with torch.device("meta"):  # a model without weights
         model = _set_up(family.model(config), recipe.model, extractor)
     network = getattr(model, "backbone", model)
+    if recipe.augmentation.augment_after_norm and not isinstance(network, CNN14ForAudioClassification):
+        raise UserError(f"augment_after_norm must be false, got true: {type(network).__name__} is no CNN14")
+    if recipe.augmentation.augment_after_norm and recipe.training.distill_from is not None:
+        raise UserError("distill_from must be none with augment_after_norm, which the teacher would not follow")
     if recipe.training.activation_checkpointing and not network.supports_gradient_checkpointing:
         raise UserError(f"activation_checkpointing: found true, which {type(network).__name__} does not support")
 
@@ -192,8 +204,10 @@ def load_model(
 ) -> PreTrainedModel:
     """A model for these classes and features, with pretrained weights or random ones.
 
-    The head is kept where the pretrained classes are the same by name and order, and is new otherwise. Another input
-    length, stride or number of mel bands resamples an AST's position embeddings.
+    The head is kept where the pretrained classes are the same by name and order, and is new otherwise: of an AST both
+    its layer normalisation and its linear layer, as in the authors' code (github.com/YuanGongND/ast,
+    src/models/ast_models.py). Another input length, stride or number of mel bands resamples an AST's position
+    embeddings.
 
     Args:
         labels: Class names in the order of the logits.
@@ -386,10 +400,13 @@ def _with_weights(
         logger.info(
             "New head for %d classes; %s was trained on %d others.", config.num_labels, name, pretrained.num_labels
         )
-        # A new layer, because transformers never initialises a tensor again that it has loaded.
-        head = next(key for key, module in model.named_modules() if HEAD.search(key) and type(module) is nn.Linear)
-        model.set_submodule(head, nn.Linear(config.hidden_size, config.num_labels))
-        model._init_weights(model.get_submodule(head))
+        for key, module in list(model.named_modules()):
+            if HEAD.search(key) and isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif HEAD.search(key) and type(module) is nn.Linear:
+                # A new layer, because transformers never initialises a tensor again that it has loaded.
+                model.set_submodule(key, nn.Linear(config.hidden_size, config.num_labels))
+                model._init_weights(model.get_submodule(key))
     for field, value in wanted.items():
         setattr(model.config, field, value)
     family.adapt(model, pretrained)
@@ -447,15 +464,22 @@ def _waveforms_of(model: ModelArguments, pretrained: WaveformConfig, settings: d
     return Waveforms(
         max_length=max_length,
         window_length=pretrained.window_length if pretrained.convention == "kaldi" else 0,
-        **{name: getattr(pretrained, name) for name in ("sampling_rate", "hop_length", "num_mel_bins", "mean", "std")},
+        **{
+            name: getattr(pretrained, name)
+            for name in ("sampling_rate", "hop_length", "num_mel_bins", "mean", "std", "convention")
+        },
     )
 
 
 def _behind_front_end(model: PreTrainedModel, arguments: ModelArguments, waveforms: Waveforms) -> PreTrainedModel:
     """A model of spectrograms as one of waveforms."""
+    rate = waveforms.sampling_rate
+    front_end = vars(waveforms) | {"high_frequency": rate / 2}
+    if waveforms.convention == "librosa":  # at 32, 16 and 8 kHz what PANNs' authors have there
+        front_end |= {"window_length": rate * 32 // 1000, "low_frequency": 50, "high_frequency": min(14000, rate // 2)}
     config = WaveformConfig(
-        backbone=model.config.to_dict(), high_frequency=waveforms.sampling_rate / 2, **vars(waveforms),
-        trainable_filters=arguments.trainable_filters, id2label=model.config.id2label, label2id=model.config.label2id,
+        backbone=model.config.to_dict(), **front_end, trainable_filters=arguments.trainable_filters,
+        id2label=model.config.id2label, label2id=model.config.label2id,
     )  # fmt: skip
     with torch.device("meta"):  # where the network is drawn in vain
         whole = WaveformForAudioClassification(config)

@@ -17,7 +17,7 @@ from audio_dendrites.files import written_whole
 from audio_dendrites.publishing.content import FIGURES, code_files, files_named, read_reports
 from audio_dendrites.recipes import SCORES
 from audio_dendrites.results.scores import score_names
-from audio_dendrites.results.tables import classes_table, markdown_table, scores_table
+from audio_dendrites.results.tables import classes_table, markdown_table, scores_table, skipped_list
 
 FAMILY_NAMES = {
     "audio-spectrogram-transformer": "Audio Spectrogram Transformer",
@@ -28,7 +28,7 @@ HYPERPARAMETERS = (
     "learning_rate", "head_learning_rate", "layer_decay", "lr_scheduler_type", "lr_step_decay", "lr_step_start",
     "lr_step_every", "warmup_steps", "optim", "weight_decay", "num_train_epochs", "max_steps", "total_batch_size",
     "per_device_train_batch_size", "gradient_accumulation_steps", "loss", "label_smoothing_factor", "distill_from",
-    "balanced_sampling", "average_checkpoints", "ema_decay", "early_stopping_patience", "unfreeze_last_layers",
+    "balanced_sampling", "class_weights", "average_checkpoints", "ema_decay", "early_stopping_patience", "unfreeze_last_layers",
     "precision", "seed", "channel", "max_length", "random_crop", "time_roll", "roll_padded", "filter_gain",
     "frequency_shift", "time_mask", "frequency_mask", "mask_value", "mixup_alpha", "augment_after_norm", "noise",
     "patchout_time", "patchout_frequency", "model_config", "pai",
@@ -110,6 +110,7 @@ def model_card(
         recipe=recipe,
         results=scores_table(metrics),
         classes=classes_table(metrics["test"]) if metrics.get("test") else None,
+        left_out=skipped_list(metrics["skipped"]) if metrics.get("skipped") else None,
         beside=_beside(comparison),
         comparison=comparison,
         other=other,

@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from audio_dendrites.files import written_whole
 from audio_dendrites.recipes import SCORES, Recipe
 from audio_dendrites.results.plots import plot_classes, plot_learning_curves
 from audio_dendrites.results.scores import score
-from audio_dendrites.results.tables import classes_table, scores_table
+from audio_dendrites.results.tables import classes_table, scores_table, skipped_list
 
 TOKEN_OPTION = r"--\w+[_-]token"
 PACKAGES = ("torch", "torchaudio", "transformers", "datasets", "accelerate", "evaluate")
@@ -36,7 +36,7 @@ def write_run(
     trainer: Trainer,
     labels: Sequence[str],
     predictions: dict[str, DataFrame],
-    skipped: Sequence[str],
+    skipped: Mapping[str, Sequence[str]],
 ) -> None:
     """Write plots, predictions.parquet and, last, metrics.json: a folder that has it is complete.
 
@@ -46,7 +46,7 @@ def write_run(
         trainer: After the training.
         labels: Class names in the order of the logits.
         predictions: `predictions_table` of the splits validation and test.
-        skipped: What was wrong with the clips that were left out.
+        skipped: For each split that lacks clips, what was wrong with each of them.
     """
     metrics = run_metrics(recipe, trainer, labels, predictions, skipped)
     # The picture may be published: of a local data set it shows the name, not where it lies.
@@ -66,13 +66,20 @@ def is_finished(folder: Path) -> bool:
 
 
 def print_summary(folder: Path) -> None:
-    """Show the scores of a finished run on the terminal."""
+    """Show the scores of a finished run on the terminal, and how many clips were left out."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    print(f"\n{scores_table(metrics)}\n\n{classes_table(metrics['test'])}\n\nRun folder: {folder}", flush=True)
+    print(f"\n{scores_table(metrics)}\n\n{classes_table(metrics['test'])}")
+    if metrics["skipped"]:
+        print(f"\n{skipped_list(metrics['skipped'])}")
+    print(f"\nRun folder: {folder}", flush=True)
 
 
 def run_metrics(
-    recipe: Recipe, trainer: Trainer, labels: Sequence[str], predictions: dict[str, DataFrame], skipped: Sequence[str]
+    recipe: Recipe,
+    trainer: Trainer,
+    labels: Sequence[str],
+    predictions: dict[str, DataFrame],
+    skipped: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """What metrics.json holds: scores of both splits, size and length of the training, and where it ran."""
     state = trainer.state
@@ -86,7 +93,7 @@ def run_metrics(
         "epochs": state.epoch,
         # Of the last stretch, if the run was interrupted.
         **{key: timing[key] for key in ("train_runtime", "train_steps_per_second", "train_samples_per_second")},
-        "skipped": list(skipped),
+        "skipped": dict(skipped),
     }
 
 
@@ -111,6 +118,7 @@ def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[s
     }
     parameters = list(trainer.model.parameters())
     config = trainer.model.config
+    weights = getattr(trainer, "class_weights", None)
     grower = getattr(trainer, "pai_callback", None)  # counts what the model computes with, without scaffolding
     return {
         **sources,
@@ -119,6 +127,7 @@ def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[s
         "labels": list(labels),
         "sampling_rate": trainer.processing_class.sampling_rate,
         "chosen_by": recipe.training.metric_for_best_model if recipe.training.load_best_model_at_end else None,
+        "class_weights": None if weights is None else dict(zip(labels, weights.tolist(), strict=True)),
         "parameters": grower.parameters(trainer.model)
         if grower is not None and grower.active
         else sum(parameter.numel() for parameter in parameters),

@@ -35,6 +35,20 @@ def scores_table(metrics: Mapping[str, Any]) -> str | None:
     return markdown_table(rows)
 
 
+def skipped_list(skipped: Mapping[str, Sequence[str]]) -> str:
+    """How many clips were left out, by split, and the first three reasons of each, as Markdown.
+
+    Args:
+        skipped: Of each split that lacks clips, what was wrong with each of them; at least one split.
+    """
+    counts = ", ".join(f"{len(reasons)} {split}" for split, reasons in skipped.items())
+    lines = [f"Clips that could not be used and were left out: {counts}.", ""]
+    for reasons in skipped.values():
+        lines += [f"- {reason}" for reason in reasons[:3]]
+        lines += [f"- and {len(reasons) - 3} more"] * (len(reasons) > 3)
+    return "\n".join(lines)
+
+
 def classes_table(test: Mapping[str, Any]) -> str:
     """The scores of each class in the test, as a Markdown table."""
     columns = ("clips", "accuracy", "f1") if "accuracy" in test else ("positives", "average_precision")

@@ -1,6 +1,10 @@
 """The losses of single-label, multi-label and distilled training."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from sklearn.utils import compute_class_weight
 from torch import nn
 
 from audio_dendrites.errors import UserError
@@ -31,6 +35,31 @@ def resolve_loss(args: RunArguments, multi_label: bool) -> str:
     return loss
 
 
+def balanced_class_weights(targets: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+    """Inverse frequency of each class, as scikit-learn's `compute_class_weight("balanced")`.
+
+    The weight of a class is `n / (classes * n_class)`, where `n_class` counts the clips with this class and `n` is the
+    sum of these counts. The mean weight over all labels is 1.
+
+    Args:
+        targets: Of the training clips, class numbers (clips,) or 0 and 1 (clips, classes).
+        labels: Class names in the order of the logits.
+
+    Returns:
+        (classes,), float64.
+
+    Raises:
+        UserError: No training clip has one of the classes.
+    """
+    found = targets if targets.ndim == 1 else targets.nonzero()[1]
+    if missing := sorted(set(range(len(labels))) - set(found.tolist())):
+        raise UserError(
+            f"class_weights: no training clip has the label {labels[missing[0]]!r}, so its weight would be infinite; "
+            f"take the label out of `labels`, or leave class_weights out"
+        )
+    return compute_class_weight("balanced", classes=np.arange(len(labels)), y=found)
+
+
 def distilled_labels(labels: torch.Tensor, logits: torch.Tensor, share: float, loss: str) -> torch.Tensor:
     """Labels into which the scores of a teacher are mixed (Hinton et al. 2015, arXiv:1503.02531, at temperature 1).
 
@@ -57,8 +86,12 @@ def classification_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
     loss: str = "cross_entropy",
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy, or the binary one averaged over the classes; averaged over the clips of an optimizer step.
+
+    With class weights the sum is divided by the number of clips, not by the sum of their weights as in
+    `torch.nn.CrossEntropyLoss`, which would make the loss depend on how a step is cut into micro-batches.
 
     Args:
         outputs: With `logits`, (batch, classes).
@@ -68,15 +101,22 @@ def classification_loss(
         label_smoothing: Share of the probability spread over all classes (Szegedy et al. 2016, arXiv:1512.00567); of
             the cross-entropy alone.
         loss: cross_entropy, or bce: each class against the rest, as AST's authors train AudioSet and Speech Commands.
+        class_weights: (classes,), float32. In the binary cross-entropy a weight multiplies the whole term of its class,
+            of clips with the class and of those without (torch's `weight`, not `pos_weight`).
 
     Returns:
         The loss, a float32 scalar.
     """
     logits = outputs.logits.float()
+    if class_weights is not None:
+        class_weights = class_weights.to(logits.device)  # whole clips are scored on the CPU
     clips = len(labels) if num_items_in_batch is None else num_items_in_batch / labels[0].numel()
     if loss == "bce":
         targets = nn.functional.one_hot(labels, logits.shape[1]).float() if labels.dim() == 1 else labels
-        summed = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / logits.shape[1]
+        summed = nn.functional.binary_cross_entropy_with_logits(logits, targets, class_weights, reduction="sum")
+        summed = summed / logits.shape[1]
     else:
-        summed = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+        summed = nn.functional.cross_entropy(
+            logits, labels, class_weights, label_smoothing=label_smoothing, reduction="sum"
+        )
     return summed / clips

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -73,6 +74,7 @@ class AudioTrainer(Trainer):
         teacher: Model that scores each augmented training batch. Its scores are mixed into the labels.
         distillation: Share of the teacher's scores in the labels, 0 to 1.
         train_sampler: Draws the training clips. By default they are shuffled.
+        class_weights: Weight of each class in the loss, (classes,). By default all weigh the same.
         average_checkpoints: Number of last checkpoints. The training ends with the mean of their weights instead of the
             best checkpoint.
         ema_decay: Evaluate, and end with, the moving average of the weights, see `MovingAverage`.
@@ -95,6 +97,7 @@ class AudioTrainer(Trainer):
         teacher: nn.Module | None = None,
         distillation: float = 0.5,
         train_sampler: Sampler | None = None,
+        class_weights: np.ndarray | None = None,
         average_checkpoints: int | None = None,
         ema_decay: float | None = None,
         recipe: Recipe | None = None,
@@ -104,7 +107,7 @@ class AudioTrainer(Trainer):
         self.clip_metrics = compute_metrics
         super().__init__(*args, compute_metrics=compute_metrics and self._score_clips, **kwargs)
         self.learning_rates, self.recipe, self.card_template = learning_rates, recipe, card_template
-        self.train_sampler, self.loss = train_sampler, loss
+        self.train_sampler, self.loss, self.class_weights = train_sampler, loss, class_weights
         self.teacher, self.distillation = teacher and teacher.to(self.args.device), distillation
         self.averaged_steps: list[int] = []
         self.ema = None if ema_decay is None else MovingAverage(ema_decay)
@@ -116,7 +119,10 @@ class AudioTrainer(Trainer):
             if isinstance(callback, TensorBoardCallback):  # the name of its default folder contains the host's
                 callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
         self.compute_loss_func = partial(
-            classification_loss, label_smoothing=self.args.label_smoothing_factor, loss=loss
+            classification_loss,
+            label_smoothing=self.args.label_smoothing_factor,
+            loss=loss,
+            class_weights=None if class_weights is None else torch.tensor(class_weights).float().to(self.args.device),
         )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
