@@ -109,7 +109,7 @@ def test_no_code_of_a_model_folder_runs(planted, trace, load):
 
 def test_trusted_code_runs_and_is_named(planted, trace, caplog):
     classify(planted("stranger"), "--trust_remote_code")
-    assert trace.exists() and "Running the code of" in caplog.text and "planted/code.py" in caplog.text
+    assert trace.exists() and "planted may run its own code: " in caplog.text and "planted/code.py" in caplog.text
 
 
 class Bomb:

@@ -48,7 +48,7 @@ def load_finished(name: str | Path, trust_remote_code: bool = False) -> tuple[Pr
     """
     name = str(name)
     if trust_remote_code and (code := own_code(name)):
-        logger.warning("Running the code of %s: %s.", name, ", ".join(code))
+        logger.warning("%s may run its own code: %s.", name, ", ".join(code))
     try:
         model, loading = AutoModelForAudioClassification.from_pretrained(
             name, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True

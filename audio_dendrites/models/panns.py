@@ -45,9 +45,9 @@ def convert(checkpoint: Path, labels: Sequence[str] | None = None) -> WaveformFo
     try:
         published = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
     except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        found = (
-            "objects other than tensors" if isinstance(error, pickle.UnpicklingError) else f"{error}".splitlines()[0]
-        )
+        found = str(error).strip().splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):
+            found = "objects other than tensors"
         raise ConversionError(f"{checkpoint} must be a PANNs checkpoint, {{'model': tensors}}, got {found}") from error
     tensors = {_our_name(name): tensor for name, tensor in published.items() if name not in STFT}
     wanted = (
