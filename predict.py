@@ -2,8 +2,10 @@
 
     python predict.py RUN PATH [PATH ...] [--top_k 3] [--output predictions.csv]
 
-Takes any format and rate that libsndfile reads. Clips longer than the model's window are classified by overlapping
-windows, as the run was tested. A file that cannot be read is named and passed over; the exit code is 1 then.
+Files may have any rate and any format of libsndfile (wav, flac, ogg, mp3, ...). With PyAV installed (pip install av)
+it also reads the sound of m4a, mp4, webm and other files. Clips longer than the model's window are classified in
+overlapping windows, as in the test of the run. Files that cannot be read are named at the end, and the exit code is
+then 1.
 """
 
 import argparse
@@ -12,23 +14,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from pandas import DataFrame
 from scipy.special import expit, softmax
 from transformers import pipeline
 
-from audio_dendrites.data.audio import BadClip, load_waveform
+from audio_dendrites.data.audio import SUFFIXES, BadClip, load_waveform
 from audio_dendrites.data.windows import classify
 from audio_dendrites.errors import UserError
 from audio_dendrites.files import written_whole
+from audio_dendrites.models.finished import load_finished
 from audio_dendrites.results.tables import markdown_table
-
-# In folders; a file that is named is read whatever it is called.
-SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
 
 
 def find_files(paths: Sequence[Path]) -> Iterator[Path]:
-    """Files as they are, and of folders all sound files below them, sorted."""
+    """The files as given, and for each folder all files below it with the suffix of a sound format, sorted."""
     for path in paths:
         if path.is_dir():
             yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
@@ -36,32 +35,30 @@ def find_files(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
 
 
-def predict(run: str, files: Sequence[Path]) -> tuple[DataFrame, list[str]]:
+def predict(run: str, files: Sequence[Path], trust_remote_code: bool = False) -> tuple[DataFrame, list[str]]:
     """The scores of files.
 
     Args:
         run: Run folder or Hub id.
         files: Sound files.
+        trust_remote_code: As in `load_finished`.
 
     Returns:
-        A row for each file that could be read, `file` and a score for each class, softmax or, of a multi-label model,
-        sigmoid; and what is wrong with the others.
+        A table with a row for each file that could be read: `file` and a score for each class, which is a sigmoid for
+        a multi-label model, else the softmax. And what is wrong with each of the other files.
 
     Raises:
-        UserError: There is no such model.
+        UserError: As `load_finished`.
     """
-    try:
-        classifier = pipeline("audio-classification", model=run, trust_remote_code=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{run!r} is no finished run folder and no model of the Hub: {str(error).splitlines()[0]}"
-        ) from error
-    config, rows, faults = classifier.model.config, [], []
-    rate, channel = classifier.feature_extractor.sampling_rate, getattr(config, "channel", "mean")
+    model, extractor = load_finished(run, trust_remote_code)
+    classifier = pipeline("audio-classification", model=model, feature_extractor=extractor)
+    config, rows, faults = model.config, [], []
     scores = expit if config.problem_type == "multi_label_classification" else softmax
     for file in files:
         try:
-            waveform = load_waveform({"bytes": None, "path": str(file)}, rate, channel=channel)
+            waveform = load_waveform(
+                {"bytes": None, "path": str(file)}, extractor.sampling_rate, channel=getattr(config, "channel", "mean")
+            )
         except BadClip as error:
             faults.append(str(error))
         else:
@@ -84,15 +81,22 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="Run folder or Hub id.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="Sound files, or folders of them.")
-    parser.add_argument("--top_k", type=int, default=3, help="Classes shown of each file; default: 3.")
+    parser.add_argument("--top_k", type=int, default=3, help="Number of classes to show for each file. Default: 3.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file for the scores of all classes.")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="Run the Python code in the repository of a model that needs it. Read the code first.",
+    )
     options = parser.parse_args(arguments)
     if options.top_k < 1:
-        raise UserError(f"--top_k: found {options.top_k}, wanted 1 or more")
+        raise UserError(f"--top_k must be 1 or more, got {options.top_k}")
     files = list(find_files(options.paths))
     if not files:
         raise UserError(f"no sound file in {', '.join(map(str, options.paths))}")
-    predictions, faults = predict(options.run, files)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    predictions, faults = predict(options.run, files, options.trust_remote_code)
     if len(predictions):
         print(summary(predictions, min(options.top_k, predictions.shape[1] - 1)))
     if options.output is not None:

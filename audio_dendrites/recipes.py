@@ -103,8 +103,8 @@ class DataArguments:
 
     dataset: str = option(
         "synthetic",
-        "Hub id, Parquet or CSV file, folder of Parquet files, folder of class folders, unpacked archive of UrbanSound8K "
-        "or ESC-50, or 'synthetic' for the generated data set.",
+        "Hub id, Parquet or CSV file, folder of Parquet files, folder of class folders, unpacked archive of "
+        "UrbanSound8K or ESC-50, or 'synthetic' for the generated data set.",
     )
     dataset_config: str | None = option(None, "Configuration (subset) of the Hub data set, if it has several.")
     dataset_dir: str | None = option(
@@ -315,9 +315,9 @@ class FeatureArguments:
     )
     convention: Literal["kaldi", "librosa"] | None = option(
         None,
-        "Log-mel of a model with `waveform`. kaldi: that of ASTFeatureExtractor. librosa: that of PANNs, with frames of "
-        "32 ms, mel filters from 50 Hz to 14 kHz, decibels, and no normalisation (mean 0, std 0.5). Default: that of the "
-        "pretrained model, or kaldi.",
+        "Log-mel of a model with `waveform`. kaldi: that of ASTFeatureExtractor. librosa: that of PANNs, with frames "
+        "of 32 ms, mel filters from 50 Hz to 14 kHz, decibels, and no normalisation (mean 0, std 0.5). Default: that of "
+        "the pretrained model, or kaldi.",
     )
 
     def __post_init__(self):
@@ -488,8 +488,8 @@ class RunArguments(TrainingArguments):
     )
     total_batch_size: int | None = option(
         None,
-        "Clips of an optimizer step, over all processes. A process takes at most per_device_train_batch_size at once and "
-        "accumulates gradients. Default: processes × per_device_train_batch_size × gradient_accumulation_steps.",
+        "Clips of an optimizer step, over all processes. A process takes at most per_device_train_batch_size at once "
+        "and accumulates gradients. Default: processes × per_device_train_batch_size × gradient_accumulation_steps.",
         "[1, inf)",
     )
     lr_step_decay: float | None = option(
@@ -619,7 +619,7 @@ class RunArguments(TrainingArguments):
             )
 
     def _divide_total_batch(self) -> None:
-        """Set the batch of a process and the accumulation such that an optimizer step takes `total_batch_size` clips."""
+        """Set the batch of a process and the accumulation so that an optimizer step takes `total_batch_size`."""
         total, most, processes = self.total_batch_size, self.per_device_train_batch_size, self.world_size
         share, rest = divmod(total, processes)
         size = min(most, share)

@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -38,6 +39,25 @@ def wav(samples: np.ndarray, rate: int = 16000) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format="WAV")
     return file.getvalue()
+
+
+def recording(samples: np.ndarray | None, rate: int, container: str, codec: str, video: bool = False) -> bytes:
+    """The bytes of a file as phones and browsers write them: (samples, channels) float32, and a picture on request."""
+    content = io.BytesIO()
+    with av.open(content, "w", format=container) as file:
+        tracks = []
+        if samples is not None:
+            layout = "mono" if samples.shape[1] == 1 else "stereo"
+            sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T), "fltp", layout)
+            sound.sample_rate = rate
+            tracks.append((file.add_stream(codec, rate=rate, layout=layout), sound))
+        if video:
+            picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), dtype=np.uint8))
+            tracks.append((file.add_stream("mpeg4", rate=1, width=32, height=32, pix_fmt="yuv420p"), picture))
+        for track, frame in tracks:
+            for packet in [*track.encode(frame), *track.encode(None)]:
+                file.mux(packet)
+    return content.getvalue()
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 import io
 
+import av
 import numpy as np
 import pytest
 import soundfile
+from conftest import recording
 
 from audio_dendrites.data.audio import BadClip, load_waveform
 
@@ -81,6 +83,41 @@ def test_every_rate_becomes_the_same_tone_at_the_models_rate(rate):
     np.testing.assert_allclose(waveform[1000:7000], tone(16000)[1000:7000], atol=1e-4)
 
 
+RECORDINGS = {  # container, codec, rate, channels, whether there is a picture
+    "m4a": ("ipod", "aac", 44100, 2, False),
+    "lossless m4a": ("ipod", "alac", 48000, 1, False),
+    "movie": ("mp4", "aac", 44100, 2, True),
+    "browser": ("webm", "libopus", 48000, 1, False),
+    "16 bit": ("mov", "pcm_s16le", 16000, 2, False),
+    "aac": ("adts", "aac", 32000, 1, False),
+}
+
+
+@pytest.mark.parametrize(("container", "codec", "rate", "channels", "video"), RECORDINGS.values(), ids=RECORDINGS)
+def test_what_phones_and_browsers_record_holds_the_same_tone(container, codec, rate, channels, video):
+    samples = np.repeat(tone(rate)[:, None], channels, axis=1)
+    waveform = load(recording(samples, rate, container, codec, video))
+    assert waveform.dtype == np.float32 and len(waveform) == pytest.approx(8000, abs=0.1 * 16000)
+    waveform = waveform[:8000]
+    assert pitch_of(waveform) == pytest.approx(PITCH, abs=1) and amplitude(waveform) == pytest.approx(LEVEL, rel=0.05)
+
+
+def test_without_pyav_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("audio_dendrites.data.audio.HAS_AV", False)
+    with pytest.raises(BadClip, match="^dog.m4a: cannot decode: format not recognised.*pip install av$"):
+        load(recording(tone(16000)[:, None], 16000, "ipod", "aac"), name="dog.m4a")
+
+
+def test_a_file_that_names_another_one_does_not_open_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private.wav").write_bytes(encode(tone(16000), 16000))
+    playlist = b"ffconcat version 1.0\nfile private.wav\n"
+    with av.open(io.BytesIO(playlist)) as file:  # FFmpeg does, unless it is told not to
+        assert sum(frame.samples for frame in file.decode(audio=0)) == 8000
+    with pytest.raises(BadClip, match="^dog.m4a: cannot decode"):
+        load(playlist, name="dog.m4a")
+
+
 def test_the_models_rate_is_free():
     waveform = load(encode(tone(44100), 44100), sampling_rate=32000)
     assert len(waveform) == 16000
@@ -146,7 +183,7 @@ def without_length(flac: bytes) -> bytes:
 ANTIPHASE = np.stack([tone(16000), -tone(16000)], axis=1)
 BAD_CLIPS = {
     "empty": (b"", "the file is empty"),
-    "text": (b"<html>404 Not Found</html>" * 9, "cannot decode: Format not recognised"),
+    "text": (b"<html>404 Not Found</html>" * 9, "cannot decode: Invalid data found"),
     "header alone": (encode(tone(16000), 16000)[:40], "cannot decode: .*No 'data' chunk"),
     "no samples": (encode(np.zeros(0), 16000), "holds no samples"),
     "nan": (encode(with_sample(np.nan), 16000, subtype="FLOAT"), "NaN or infinite"),
@@ -165,6 +202,10 @@ BAD_CLIPS = {
     "cut aiff": (encode(noise(16000), 16000, "AIFF", "PCM_16")[:16000], "truncated"),
     "cut ogg": (encode(noise(64000), 16000, "OGG")[:20000], "truncated, the Ogg stream has no last page"),
     "cut mp3": (encode(noise(64000), 16000, "MP3")[:8000], "truncated, .* of 64000 samples"),
+    "cut m4a": (recording(noise((16000, 1)), 16000, "ipod", "alac")[:9000], "cannot decode: Invalid data found"),
+    "cut webm": (recording(noise((48000, 1)), 48000, "webm", "libopus")[:6000], "truncated, .* of 48672 samples"),
+    "movie without sound": (recording(None, 0, "mp4", "", video=True), "has no sound track"),
+    "silent m4a": (recording(np.zeros((16000, 1), dtype=np.float32), 16000, "ipod", "alac"), "silent"),
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT, TONES, leave_macos_files, tone, write_archives
+from conftest import ROOT, TONES, leave_macos_files, recording, tone, write_archives
 from datasets import ClassLabel, Dataset
 from pandas import DataFrame, Series
 from transformers import ASTFeatureExtractor
@@ -200,8 +200,12 @@ def test_a_folder_of_class_folders(class_folders):
     before = clips._fingerprint
     soundfile.write(class_folders / "plain" / "train" / "1.flac", tone(900), 16000)
     assert load_clips(data)[0]._fingerprint != before
+    (class_folders / "plain" / "dog" / "phone.m4a").write_bytes(recording(tone(900)[:, None], 16000, "ipod", "aac"))
+    clips, index = load_clips(data)
+    assert index["label"].value_counts().to_dict() == {"dog": 5, "train": 4}
+    assert len(load_waveform(clips[4]["audio"])) >= 8000 and index["clip"][4] == "dog/phone.m4a"
     soundfile.write(class_folders / "plain" / "stray.wav", tone(900), 16000)
-    with pytest.raises(UserError, match="stray.wav in no class folder"):
+    with pytest.raises(UserError, match="stray.wav must be in a class folder"):
         load_clips(data)
 
 

@@ -142,19 +142,21 @@ def test_a_second_download_fetches_nothing_and_errors_say_what_to_do(hub, downlo
         {"dataset": "me/busy"},
         {"dataset": "me/cut"},
     )
+    hub.commit("me/script", {"script.py": "raise SystemExit('it runs')"}, "dataset")
     hub.faults.append(Fault("me/busy", status=503, message="Down for an hour", times=float("inf")))
     hub.faults.append(Fault("me/cut", cut_after=0, times=float("inf")))
     hub.log.clear()
     command = ["download", RECIPE, *options(FIELDS)]
-    script = json.dumps([command, [other, private, busy, cut]])
-    done = python(hub, downloaded, "-c", AGAIN_AND_ERRORS, script, token=READ_TOKEN)
+    loads = json.dumps([command, [other, private, busy, cut, {"dataset": "me/script"}]])
+    done = python(hub, downloaded, "-c", AGAIN_AND_ERRORS, loads, token=READ_TOKEN)
     hub.faults.clear()
     assert done.returncode == 0, done.stderr[-2000:]
-    assert hub.log and not fetched(hub)
-    *told, other, private, busy, cut = done.stdout.splitlines()
+    assert hub.log and fetched(hub).keys() == {"script.py"}  # whose name alone is looked at
+    *told, other, private, busy, cut, script = done.stdout.splitlines()
     assert len(told) == 3 and "bytes downloaded" not in done.stdout
     assert "nothing to download" in told[0] and "prepared" in told[1] and "nothing to download" in told[2]
     assert f"the Hub has no data set '{DATASET}' (revision {'b' * 40})" in other
+    assert "dataset: Dataset scripts are no longer supported, but found script.py" in script
     assert "the Hub has no data set 'other/private'" in private and "hf auth login" in private
     for told, state in ((busy, "the Hub answers 503 (Down for an hour)"), (cut, "the Hub is not reachable")):
         assert state in told and "python -m audio_dendrites.data download RECIPE" in told and "--dataset FOLDER" in told

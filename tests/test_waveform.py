@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_AST, TINY_CNN14, TINY_VIT, TONES, tone
+from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, Wav2Vec2FeatureExtractor
 
 import train
@@ -85,6 +86,9 @@ def test_half_precision_leaves_the_front_end_whole(tmp_path):
     waveforms = torch.from_numpy(np.stack([tone(300), tone(3000)]))
     half = AutoModelForAudioClassification.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     assert half.front_end.filters.dtype == torch.float32 and half.backbone.dtype == torch.bfloat16
+    # No file holds the window, so that older folders load too.
+    assert "front_end.window" not in load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(half.front_end.window, torch.hann_window(400, periodic=False))
     with torch.no_grad():
         expected = model(waveforms).logits
         assert (half(waveforms).logits - expected).abs().max() < 0.1 * expected.abs().max()

@@ -1,8 +1,9 @@
-"""Bytes of a sound file → mono float32 waveform at the model's rate, without FFmpeg."""
+"""Bytes of a sound file → mono float32 waveform at the model's rate."""
 
 import io
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -10,12 +11,24 @@ import numpy as np
 import soundfile
 import soxr
 
+HAS_AV = find_spec("av") is not None
+# What PyAV reads and libsndfile does not. FFmpeg has demuxers that open other files or addresses, such as those of
+# playlists, and tells formats by their content. So only these demuxers are allowed.
+_AV_DEMUXERS = "mov,matroska,asf,aac,amr"
+_AV_SUFFIXES = {
+    ".3gp", ".aac", ".amr", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp4", ".webm", ".wma", ".wmv",
+}  # fmt: skip
+SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"} | _AV_SUFFIXES
+
 # libsndfile reads a cut file as far as it goes and only notes in its log that the header promised more.
 _SHORT_DATA_CHUNK = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
 # Programs that write to a pipe leave one of these sizes in the header: "until the end of the file".
 _UNKNOWN_SIZE = 0x7FFF_F000
-# Headers are off by some bytes in files that play to their end; a clip missing more than this is damaged.
+# Headers are off by some bytes in files that play to their end. A clip that misses more than this is damaged.
 _COMPLETE = 0.99
+# Codecs pad a track by some 10 ms. Some containers count the padding as length.
+_PADDING = 0.1  # seconds, with room
+_UNRECOGNISED = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT
 _OGG_LAST_PAGE = 0x04
 
 
@@ -37,11 +50,12 @@ def load_waveform(
     """Decode one sound file, make it mono and resample it.
 
     Args:
-        audio: What `datasets.Audio(decode=False)` yields: `bytes`, the content of a file of any format and
-            rate that libsndfile reads (wav, flac, ogg, mp3, ...), and `path`, read where `bytes` is None.
+        audio: What `datasets.Audio(decode=False)` yields: `bytes`, the content of a sound file, and `path`, which is
+            read if `bytes` is None. Every rate and every format of libsndfile (wav, flac, ogg, mp3, ...) is accepted,
+            and with PyAV installed also the sound of m4a, mp4, webm and the other `SUFFIXES`.
         sampling_rate: Rate of the result in Hz.
-        name: What error messages call the clip; its path if not given.
-        channel: Whether the result is the mean over the file's channels, or the first one, as AST's authors take it
+        name: Name of the clip in error messages. Defaults to its path.
+        channel: Whether the result is the mean over the channels or the first one, as AST's authors take it
             (`torchaudio.compliance.kaldi.fbank`).
 
     Returns:
@@ -100,13 +114,15 @@ def _decode(content: bytes, name: str) -> tuple[np.ndarray, int]:
     """Samples (frames, channels) as float32 and their rate in Hz.
 
     Raises:
-        BadClip: libsndfile cannot decode the file, or decodes less than its header declares.
+        BadClip: The file cannot be decoded, or holds less than its header declares.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             samples = file.read(file.frames, dtype="float32", always_2d=True)  # GSM must be told how many
             declared, log, rate, container = file.frames, file.extra_info, file.samplerate, file.format
     except soundfile.LibsndfileError as error:
+        if error.code == _UNRECOGNISED:
+            return _decode_with_av(content, name)
         raise BadClip(f"{name}: cannot decode: {error.error_string}") from error
     except (ValueError, MemoryError) as error:
         # No array is that large: a damaged header, or FLAC's open one, which counts as 2^63 - 1 samples.
@@ -120,4 +136,36 @@ def _decode(content: bytes, name: str) -> tuple[np.ndarray, int]:
     # An Ogg file declares no length, but marks its last page.
     if container == "OGG" and not content[content.rfind(b"OggS") + 5] & _OGG_LAST_PAGE:
         raise BadClip(f"{name}: truncated, the Ogg stream has no last page")
+    return samples, rate
+
+
+def _decode_with_av(content: bytes, name: str) -> tuple[np.ndarray, int]:
+    """Samples (frames, channels) as float32 and their rate in Hz, of the first sound track of a file.
+
+    Raises:
+        BadClip: PyAV is not installed or cannot decode the file, or the file holds less than its header declares.
+    """
+    if not HAS_AV:
+        raise BadClip(f"{name}: cannot decode: format not recognised. m4a, mp4 and webm need PyAV: pip install av")
+    import av
+
+    try:
+        with av.open(io.BytesIO(content), options={"format_whitelist": _AV_DEMUXERS}) as file:
+            if not file.streams.audio:
+                raise BadClip(f"{name}: the file has no sound track")
+            track = file.streams.audio[0]
+            planar = av.AudioResampler(format="fltp")
+            parts = [part for frame in file.decode(track) for part in planar.resample(frame)]
+            declared = 0.0  # seconds; other containers only estimate it
+            if file.format.name.startswith(("mov", "matroska")):
+                declared = float((track.duration or 0) * track.time_base)
+                if len(file.streams) == 1:
+                    declared = declared or (file.duration or 0) / av.time_base
+    except (av.FFmpegError, ValueError, MemoryError) as error:
+        raise BadClip(f"{name}: cannot decode: {getattr(error, 'strerror', None) or error}") from error
+    if not parts:
+        raise BadClip(f"{name}: the file holds no samples")
+    samples, rate = np.concatenate([part.to_ndarray() for part in parts], axis=1).T, parts[0].sample_rate
+    if len(samples) < (_COMPLETE * declared - _PADDING) * rate:
+        raise BadClip(f"{name}: truncated, {len(samples)} of {declared * rate:.0f} samples could be decoded")
     return samples, rate

@@ -29,6 +29,7 @@ from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from huggingface_hub.utils import httpx
 from pandas import DataFrame, Series
 
+from audio_dendrites.data.audio import SUFFIXES
 from audio_dendrites.data.splits import drawn_splits, folder_of, listed_splits, without_labels
 from audio_dendrites.data.synthetic import load_synthetic
 from audio_dendrites.errors import UserError
@@ -118,7 +119,8 @@ def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
         raise
     except (EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError) as error:
         raise UserError(f"dataset {name!r}: no audio and no Parquet file found ({error})") from error
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:  # unknown split, broken file
+    # An unknown split, a broken file, or a script, which the library does not run.
+    except (RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise UserError(f"dataset {name!r}, split {', '.join(wanted)!r}: {error}") from error
     clips = loaded[0] if len(loaded) == 1 else concatenate_datasets(loaded)
     # Where the Hub is out of reach the library takes the revision that it prepared last, whichever was asked for.
@@ -167,23 +169,36 @@ def _load_folder(folder: Path, arguments: DataArguments, wanted: list[str]) -> l
         return load_dataset("csv", data_files=glob.escape(str(folder / table)), split=wanted)
     if any(folder.rglob("[!.]*.parquet")):  # macOS leaves ._ files beside the real ones
         return load_dataset(str(folder), split=wanted)
-    # Told by hand, because the library takes a class folder named "train" or "test" for a split.
     places = {split: folder / split if arguments.train_split else folder for split in wanted}
     if missing := [split for split, place in places.items() if not place.is_dir()]:
         raise UserError(f"dataset: found no folder {missing[0]} in {folder}, wanted {'/, '.join(wanted)}/ there")
-    loaded = load_dataset(
-        "audiofolder",
-        data_files={split: f"{glob.escape(str(place))}/**" for split, place in places.items()},
-        drop_labels=False,
-        drop_metadata=True,
-        # As text, because the library encodes Audio with torchcodec alone, which needs FFmpeg.
-        features=Features({"audio": Value("string"), "label": Value("string")}),
-        split=wanted,
-    )
-    for clips, place in zip(loaded, places.values(), strict=True):
-        if strays := [path for path in clips["audio"] if Path(path).parent == place.resolve()]:
-            raise UserError(f"dataset: found {strays[0]} in no class folder, wanted {place}/<class>/<clip>")
-    return loaded
+    # The library's own "audiofolder" passes over m4a, and takes a class folder named "train" or "test" for a split.
+    # From a generator, because data sets in memory have no cache.
+    features = Features({"audio": Value("string"), "label": Value("string")})
+    return [
+        Dataset.from_generator(_in_class_folders, features, gen_kwargs={"files": _sound_files(place.resolve())})
+        for place in places.values()
+    ]
+
+
+def _sound_files(place: Path) -> list[str]:
+    """The sound files in the class folders of a folder, sorted.
+
+    Raises:
+        UserError: There is none, or one is in no class folder.
+    """
+    found = sorted(glob.glob(f"{glob.escape(str(place))}/**", recursive=True))  # which passes over hidden files
+    files = [file for file in found if Path(file).suffix.lower() in SUFFIXES]
+    if not files:
+        raise UserError(f"dataset: {place} holds no sound file and no Parquet file")
+    if strays := [file for file in files if Path(file).parent == place]:
+        raise UserError(f"dataset: {strays[0]} must be in a class folder: {place}/<class>/<clip>")
+    return files
+
+
+def _in_class_folders(files: list[str]) -> Iterator[dict[str, str]]:
+    for file in files:
+        yield {"audio": file, "label": Path(file).parent.name}
 
 
 def _table_of_archive(folder: Path) -> str | None:
@@ -343,7 +358,7 @@ def hub_errors(field: str, name: str, revision: str | None, way_out: str) -> Ite
             f"{revision or 'main'}) that you may read; check the name, or log in with `hf auth login` if it is private "
             f"or gated"
         ) from error
-    except (datasets.exceptions.DataFilesNotFoundError, EmptyDatasetError) as error:
+    except (datasets.exceptions.DataFilesNotFoundError, EmptyDatasetError, RuntimeError) as error:
         raise UserError(f"{field}: {error}") from error
     except (HfHubHTTPError, httpx.TransportError, ConnectionError, FileNotFoundError) as error:
         cause = error

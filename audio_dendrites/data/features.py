@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchaudio.compliance.kaldi import get_mel_banks
 from transformers import ASTFeatureExtractor, BatchFeature, Wav2Vec2FeatureExtractor
 
-from audio_dendrites.data.audio import BadClip, load_waveform, window_samples
+from audio_dendrites.data.audio import HAS_AV, BadClip, load_waveform, window_samples
 
 # Part of the cache's key. Raise it when the same clip and settings give other numbers than before.
 FEATURES_VERSION = 1
@@ -335,6 +335,7 @@ def extract_features(
         "audio_column": audio_column,
         "id_column": id_column,
         "channel": channel,
+        "HAS_AV": HAS_AV,  # so that clips that could not be read without PyAV are read again with it
         **extractor.cache_key,
     }
     kept = {name: kind for name, kind in clips.features.items() if name != audio_column}

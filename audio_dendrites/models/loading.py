@@ -10,14 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     ASTConfig,
     ASTForAudioClassification,
     AutoConfig,
-    AutoFeatureExtractor,
-    AutoModelForAudioClassification,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -27,7 +24,6 @@ from transformers.activations import ACT2FN
 from audio_dendrites.data.audio import window_samples
 from audio_dendrites.data.features import BatchedASTFeatureExtractor, Waveforms
 from audio_dendrites.errors import UserError
-from audio_dendrites.files import damaged_file
 from audio_dendrites.models.ast import (
     IMAGE_MODELS,
     add_patchout,
@@ -37,6 +33,7 @@ from audio_dendrites.models.ast import (
     weights_of_images,
 )
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
+from audio_dendrites.models.finished import LOADING_ERRORS, NEEDS_OWN_CODE, load_finished, loading_error
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
 from audio_dendrites.recipes import FeatureArguments, ModelArguments, Recipe, check_range
@@ -250,17 +247,9 @@ def load_teacher(
         UserError: There is no such model, or it has other classes, another loss or hears other features.
     """
     try:
-        # The families are registered here, so that no code of the folder or the Hub is run.
-        teacher = AutoModelForAudioClassification.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
-        heard = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        damage = damaged_file(Path(name))
-        raise UserError(
-            f"distill_from: the model folder {name} is not whole: {damage}; train or copy it again"
-            if damage
-            else f"distill_from: {name!r} is no finished run folder, and neither the Hub nor the cache gave it: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        teacher, heard = load_finished(name)
+    except UserError as error:
+        raise UserError(f"distill_from: {error}") from error
     found, wanted = list(teacher.config.id2label.values()), list(labels)
     if found != wanted:
         raise UserError(f"distill_from: {name} has the classes {', '.join(found)}, wanted {', '.join(wanted)}")
@@ -268,13 +257,14 @@ def load_teacher(
     if own != loss:
         raise UserError(f"distill_from: {name} was trained with the loss {own}, wanted {loss}, as the recipe")
     given, wanted = heard.to_dict(), extractor.stock().to_dict()
+    given.pop("auto_map", None)  # names code, which did not run
     if isinstance(teacher.config, WaveformConfig):
         for field in ("max_length", "hop_length", "num_mel_bins"):
             given[field], wanted[field] = getattr(teacher.config, field), getattr(extractor, field)
     if other := sorted(field for field in given.keys() | wanted.keys() if given.get(field) != wanted.get(field)):
         told = "; ".join(f"{field} is {given.get(field)}, wanted {wanted.get(field)}" for field in other)
         raise UserError(f"distill_from: {name} hears other features than the recipe's: {told}")
-    return teacher.requires_grad_(False).eval()
+    return teacher
 
 
 def learning_rates(
@@ -381,7 +371,7 @@ def _family(arguments: ModelArguments, pretrained: PreTrainedConfig | None) -> F
 
 def _pretrained_config(arguments: ModelArguments) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
+        return AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _not_found(arguments, error) from error
 
@@ -437,9 +427,8 @@ def _from_pretrained(
             arguments.model, config=config, revision=arguments.model_revision, dtype=torch.float32,
             ignore_mismatched_sizes=True, output_loading_info=True, **settings,
         )  # fmt: skip
-    except (OSError, SafetensorError) as error:
-        damage = damaged_file(Path(arguments.model))
-        raise UserError(f"model: the weights of {arguments.model!r} cannot be loaded: {damage or error}") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"model: {loading_error(arguments.model, error)}") from error
 
 
 def _refuse(name: str, lost: set[str]) -> None:
@@ -519,10 +508,8 @@ def _set_up(
 
 def _not_found(arguments: ModelArguments, error: Exception) -> UserError:
     name = arguments.model
-    if (folder := Path(name)).is_dir():
-        missing = None if (folder / "config.json").exists() else "it has no config.json"
-        fault = missing or damaged_file(folder) or str(error).splitlines()[0]
-        return UserError(f"model: the model folder {name} cannot be loaded: {fault}")
+    if NEEDS_OWN_CODE in str(error) or Path(name).is_dir():
+        return UserError(f"model: {loading_error(name, error)}")
     return UserError(
         f"model: {name!r} (revision {arguments.model_revision or 'main'}) is not a folder, and neither the Hub nor the "
         f"cache has it. Without a network, download it elsewhere with `python -m audio_dendrites.data download RECIPE` "

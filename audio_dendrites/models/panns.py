@@ -46,9 +46,9 @@ def convert(checkpoint: Path, labels: Sequence[str] | None = None) -> WaveformFo
         published = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
     except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         found = str(error).strip().splitlines()[0]
-        raise ConversionError(
-            f"{checkpoint}: found {found}, wanted a PANNs checkpoint, {{'model': tensors}}"
-        ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            found = "objects other than tensors"
+        raise ConversionError(f"{checkpoint} must be a PANNs checkpoint, {{'model': tensors}}, got {found}") from error
     tensors = {_our_name(name): tensor for name, tensor in published.items() if name not in STFT}
     wanted = (
         "front_end.filters",

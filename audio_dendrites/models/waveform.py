@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.audio_utils import mel_filter_bank
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -62,8 +63,11 @@ class WaveformConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone, dict):
-            settings = {name: value for name, value in self.backbone.items() if name != "model_type"}
-            self.backbone = BACKBONES[self.backbone["model_type"]][0](**settings)
+            settings = dict(self.backbone)
+            kind = settings.pop("model_type", None)
+            if kind not in BACKBONES:
+                raise ValueError(f"backbone: model_type must be one of {', '.join(BACKBONES)}, got {kind!r}")
+            self.backbone = BACKBONES[kind][0](**settings)
         super().__post_init__(**kwargs)
 
     @property
@@ -78,7 +82,11 @@ class WaveformConfig(PreTrainedConfig):
 
 
 class LogMel(nn.Module):
-    """Log-mel spectrograms, always in float32. `filters`, (frequencies, mel bands), is a parameter or a buffer."""
+    """Log-mel spectrograms, always in float32.
+
+    `filters`, (frequencies, mel bands), is a parameter or a buffer. `window`, (window_length,), is a buffer that no
+    file holds: ONNX has no function for it.
+    """
 
     def __init__(self, config: WaveformConfig):
         super().__init__()
@@ -98,6 +106,12 @@ class LogMel(nn.Module):
             self.filters = nn.Parameter(filters)
         else:
             self.register_buffer("filters", filters)
+        self.register_buffer("window", self.hann_window(), persistent=False)
+
+    def hann_window(self) -> torch.Tensor:
+        """The Hann window, (window_length,), float32, on the CPU also inside `torch.device("meta")`."""
+        periodic = self.config.convention == "librosa"
+        return torch.hann_window(self.config.window_length, periodic, dtype=torch.float32, device="cpu")
 
     def samples(self, frames: int) -> int:
         """Samples of so many frames."""
@@ -126,18 +140,17 @@ class LogMel(nn.Module):
 
     def _kaldi(self, waveforms: torch.Tensor) -> torch.Tensor:
         """Power spectra (batch, frames, frequencies)."""
-        window = torch.hann_window(self.config.window_length, periodic=False, device=waveforms.device)
         frames = waveforms.unfold(1, self.config.window_length, self.config.hop_length)
         frames = frames - frames.mean(2, keepdim=True)
         before = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)
-        return _power(torch.fft.rfft((frames - PREEMPHASIS * before) * window, self.fft_length))
+        return _power(torch.fft.rfft((frames - PREEMPHASIS * before) * self.window.float(), self.fft_length))
 
     def _librosa(self, waveforms: torch.Tensor) -> torch.Tensor:
         """Power spectra (batch, frames, frequencies)."""
-        window = torch.hann_window(self.config.window_length, device=waveforms.device)
         spectra = torch.stft(
-            waveforms, self.fft_length, self.config.hop_length, window=window, pad_mode="reflect", return_complex=True
-        )
+            waveforms, self.fft_length, self.config.hop_length, window=self.window.float(), pad_mode="reflect",
+            return_complex=True,
+        )  # fmt: skip
         return _power(spectra).transpose(1, 2)
 
 
@@ -196,6 +209,8 @@ class WaveformForAudioClassification(DendriticMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, LogMel):  # `from_pretrained` leaves buffers that no file holds empty
+            init.copy_(module.window, module.hann_window())
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
             self.backbone._init_weights(module)
 

@@ -12,6 +12,7 @@ from transformers import AudioClassificationPipeline, pipeline
 
 from audio_dendrites.data.audio import load_waveform
 from audio_dendrites.data.windows import classify, pipeline_windows
+from audio_dendrites.models.finished import load_finished
 from audio_dendrites.results.tables import markdown_table
 from audio_dendrites.training.process import without_tf32
 
@@ -32,7 +33,8 @@ def check_pipeline(
     Raises:
         RuntimeError: The scores differ by more than 1e-3.
     """
-    loaded = pipeline("audio-classification", model=str(folder), trust_remote_code=True)
+    model, extractor = load_finished(folder)
+    loaded = pipeline("audio-classification", model=model, feature_extractor=extractor)
     rate, rows = loaded.feature_extractor.sampling_rate, range(0, len(clips), 1 + len(clips) // 9)
     expected = predictions.iloc[rows]
     names = list(loaded.model.config.id2label.values())

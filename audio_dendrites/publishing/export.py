@@ -13,6 +13,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import ASTForAudioClassification, FeatureExtractionMixin, PreTrainedModel
 
+from audio_dendrites.errors import UserError
 from audio_dendrites.files import set_default_mode
 from audio_dendrites.models.dendritic import (
     ACTIVATIONS,
@@ -24,8 +25,8 @@ from audio_dendrites.models.dendritic import (
 NEURON = "PAINeuronModule"  # perforatedai's classes by name: importing it prints, and it may not be installed
 
 
-class ExportError(ValueError):
-    """The model cannot be exported; the message says which module and why."""
+class ExportError(UserError):
+    """The model cannot be exported. The message names the module and the reason."""
 
 
 def export_dendritic(

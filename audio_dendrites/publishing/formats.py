@@ -2,11 +2,11 @@
 
     python -m audio_dendrites.publishing.formats RUN --format onnx|torch_export|safetensors [--output FILE]
 
-onnx: for ONNX Runtime and what else reads ONNX. torch_export: for `torch.export.load`, with torch alone. Both take
-`input_values` as the run's feature extractor makes them, any number of clips, and give `logits`. safetensors: the
-weights alone, under the names of the model's `state_dict`. Each file carries what a reader without transformers needs,
-as JSON by name: `labels` in the order of the logits, `sampling_rate`, `preprocessor_config` (the feature settings) and
-`config`.
+onnx is for ONNX Runtime and other readers of ONNX. torch_export is for `torch.export.load`, which needs torch alone.
+Both take `input_values` from the run's feature extractor, for any number of clips, and give `logits`. A waveform model
+takes clips of any length, but the clips of a batch must have the same length. safetensors holds the weights alone,
+under the names of the model's `state_dict`. Each file also holds, as JSON by name, what a reader without transformers
+needs: `labels` in the order of the logits, `sampling_rate`, `preprocessor_config` (the feature settings) and `config`.
 """
 
 import argparse
@@ -17,22 +17,23 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from textwrap import shorten
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, FeatureExtractionMixin, PreTrainedModel
+from transformers import FeatureExtractionMixin, PreTrainedModel
 
-import audio_dendrites.models  # noqa: F401  so that transformers knows them, without the code in the run folder
+from audio_dendrites.errors import UserError
 from audio_dendrites.files import written_whole
-from audio_dendrites.publishing.export import ExportError
+from audio_dendrites.models.finished import load_finished
 
 TOLERANCE = 1e-5  # largest difference of a logit, as a share of the batch's largest logit
-BATCHES = (1, 4)  # clips that are compared; traced with another number, so that a fixed one would show
-LARGEST_ONNX = 2**31 - 2**24  # bytes of weights: a protobuf message ends at 2 GiB, and the graph needs some of it
+BATCHES = (1, 4)  # clips that are compared; the model is traced with two, so that a fixed number shows
+SHORT = 7  # waveforms are compared whole and at this part of their length, so that a fixed length shows
+LARGEST_ONNX = 2**31 - 2**24  # bytes of weights: a protobuf message has at most 2 GiB, and the graph needs some of it
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -40,10 +41,10 @@ class Format(NamedTuple):
     """How a format is written and read back.
 
     Attributes:
-        suffix: Of its files.
-        packages: Needed beside those of the project.
-        write: Model, features (clips, frames, mel bands) of several clips, metadata, path.
-        read: Path and the model written to it; gives what computes logits from the file.
+        suffix: The suffix of its files.
+        packages: Packages that it needs and the project does not.
+        write: Takes a model, the features of two clips, the metadata and the path.
+        read: Takes the path and the model, and gives a function from features to logits.
     """
 
     suffix: str
@@ -56,26 +57,28 @@ def export_run(run: Path, format: str, output: Path | None = None) -> tuple[Path
     """Write a run's model in another format.
 
     Args:
-        run: A finished run's folder, or any other that `from_pretrained` reads.
+        run: Folder of a finished run, or another model folder.
         format: A key of `FORMATS`.
-        output: The file; left out, export/model with the format's suffix in the run folder.
+        output: The file. Defaults to export/model with the format's suffix, in the run folder.
 
     Returns:
         The file, and the largest difference between its logits and the model's, relative to the largest logit.
 
     Raises:
-        ExportError: The folder holds no whole model, a package is missing, or the file's logits are not the model's; an
-            older file then stays as it was.
+        UserError: The folder holds no whole model, a package is missing, the format does not support the model, or the
+            file's logits are not the model's. An older file then stays as it was.
     """
     kind = FORMATS[format]
     if missing := [package for package in kind.packages if find_spec(package) is None]:
-        raise ExportError(f"format {format} needs {', '.join(missing)}: pip install {' '.join(kind.packages)}")
+        raise UserError(f"format {format} needs {', '.join(missing)}: pip install {' '.join(kind.packages)}")
     output = output or run / "export" / f"model{kind.suffix}"
     if output.suffix != kind.suffix:
-        raise ExportError(f"output: found {output}, wanted a file that ends in {kind.suffix}")
+        raise UserError(f"output: the file must end in {kind.suffix}, got {output}")
     if output.parent.resolve() == run.resolve() and output.name == "model.safetensors":
-        raise ExportError(f"output: {output} holds the weights of the run itself; choose another file")
-    model, extractor = load_run(run)
+        raise UserError(f"output: {output} holds the weights of the run itself; choose another file")
+    if missing := [name for name in ("config.json", "preprocessor_config.json") if not (run / name).is_file()]:
+        raise UserError(f"{run} has no {' and no '.join(missing)}; give the folder of a finished run")
+    model, extractor = load_finished(run)
     features = example_features(extractor, max(BATCHES))
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(output) as beside:
@@ -84,40 +87,15 @@ def export_run(run: Path, format: str, output: Path | None = None) -> tuple[Path
     return output, difference
 
 
-def load_run(folder: Path) -> tuple[PreTrainedModel, FeatureExtractionMixin]:
-    """The model, float32, in evaluation mode, on the CPU, and its feature extractor.
-
-    A dendritic model is loaded by the package's own class: no code of the folder is run.
-
-    Raises:
-        ExportError: There is none, or its weights are not those of its configuration.
-    """
-    if missing := [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]:
-        raise ExportError(f"{folder} has no {' and no '.join(missing)}: wanted the folder of a finished run")
-    try:
-        model, loading = AutoModelForAudioClassification.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-        extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ExportError(f"{folder}: {' '.join(str(error).split())}") from error
-    if wrong := sorted(set(loading["missing_keys"]) | set(loading["unexpected_keys"])):
-        raise ExportError(
-            f"{folder}: the weights are not those of config.json, they differ in {', '.join(wrong[:3])} ({len(wrong)} "
-            f"tensors): wanted a finished run; a checkpoint of a model that is growing dendrites is none"
-        )
-    return model.eval(), extractor
-
-
 def example_features(extractor: FeatureExtractionMixin, clips: int) -> torch.Tensor:
-    """Features of real size: the extractor's of 11 s of tones in noise, each clip at another pitch and level.
+    """Features of 11 s of tones in noise, each clip at another pitch and level.
 
     Args:
-        extractor: The run's.
-        clips: How many.
+        extractor: The feature extractor of the run.
+        clips: Number of clips.
 
     Returns:
-        (clips, …) as the model takes them, float32; the same at every call.
+        (clips, frames, mel bands) or (clips, samples), as the model takes them, float32. Every call gives the same.
     """
     random, time = np.random.default_rng(0), np.arange(11 * extractor.sampling_rate) / extractor.sampling_rate
     waveforms = [
@@ -133,7 +111,7 @@ def example_features(extractor: FeatureExtractionMixin, clips: int) -> torch.Ten
 
 
 def metadata(run: Path, model: PreTrainedModel, extractor: FeatureExtractionMixin) -> dict[str, str]:
-    """What a file carries beside the weights: JSON by name."""
+    """What a file holds beside the weights: JSON by name."""
     values = {"labels": [model.config.id2label[i] for i in range(model.config.num_labels)]}
     values["sampling_rate"] = extractor.sampling_rate
     for name in ("preprocessor_config", "config"):
@@ -148,25 +126,28 @@ def check_parity(model: PreTrainedModel, logits: Logits, features: torch.Tensor)
 
     Args:
         model: The model, in evaluation mode.
-        logits: Computes them from the file.
+        logits: Computes the logits of the file.
         features: At least as many clips as the largest of `BATCHES`.
 
     Returns:
-        The largest difference, relative to the batch's largest logit.
+        The largest difference, relative to the largest logit of the batch.
 
     Raises:
-        ExportError: It is above `TOLERANCE`, or not a number.
+        UserError: The difference is above `TOLERANCE`, or not a number.
     """
     worst = 0.0
-    for clips in BATCHES:
-        expected, found = model(features[:clips]).logits, logits(features[:clips])
+    batches = [features[:clips] for clips in BATCHES]
+    if features.dim() == 2:
+        batches += [batch[:, : features.shape[1] // SHORT].contiguous() for batch in batches]
+    for batch in batches:
+        expected, found = model(batch).logits, logits(batch)
         if found.shape != expected.shape:
-            raise ExportError(f"the file gives logits of shape {tuple(found.shape)}, the model {tuple(expected.shape)}")
+            raise UserError(f"the file gives logits of shape {tuple(found.shape)}, the model {tuple(expected.shape)}")
         difference = float((found - expected).abs().max() / expected.abs().max())
         if not difference <= TOLERANCE:
-            raise ExportError(
-                f"the file's logits differ from the model's by {difference:.1e} of the largest one, wanted at most "
-                f"{TOLERANCE:.0e}; no file is left"
+            raise UserError(
+                f"the file's logits differ from the model's by {difference:.1e} of the largest one, more than "
+                f"{TOLERANCE:.0e}. The file was deleted"
             )
         worst = max(worst, difference)
     return worst
@@ -184,12 +165,31 @@ class _Logits(nn.Module):
 
 
 def _traced(model: PreTrainedModel, features: torch.Tensor) -> torch.export.ExportedProgram:
-    batch = {"input_values": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(_Logits(model).eval(), (), {"input_values": features}, dynamic_shapes=batch)
+    """The model as a graph for any number of clips and, if it takes waveforms, of samples."""
+    program = torch.export.export(
+        _Logits(model).eval(),
+        (),
+        {"input_values": features},
+        dynamic_shapes={"input_values": _free_axes(features, torch.export.Dim)},
+        # Pooling and memory layouts make torch assume that the number of frames is odd, or even, as in the trace.
+        # The graph is the same for all lengths (`check_parity` tries two), so these assertions are dropped.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
     for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # paths of this machine, which both formats would keep
+        if isinstance(module, torch.fx.GraphModule):
+            for node in list(module.graph.nodes):
+                node.meta.pop("stack_trace", None)  # paths of this machine, which both formats would keep
+                if node.target is torch.ops.aten._assert_scalar.default:
+                    module.graph.erase_node(node)
+            module.graph.eliminate_dead_code()
+            module.recompile()
     return program
+
+
+def _free_axes(features: torch.Tensor, kind: Callable) -> dict[int, Any]:
+    """The axes of the features that may have any size: the clips and, for waveforms, the samples."""
+    names = ("batch", "samples") if features.dim() == 2 else ("batch",)
+    return {axis: kind(name) for axis, name in enumerate(names)}
 
 
 def _write_torch_export(model, features, values, path):
@@ -206,19 +206,29 @@ def _read_torch_export(path, model):
 def _write_onnx(model, features, values, path):
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size > LARGEST_ONNX:
-        raise ExportError(
+        raise UserError(
             f"format onnx: the weights are {size / 1e9:.2f} GB, one ONNX file holds {LARGEST_ONNX / 1e9:.2f}; use "
             f"--format torch_export"
         )
-    program = torch.onnx.export(
-        _traced(model, features),
-        output_names=["logits"],
-        dynamic_shapes={"input_values": {0: "batch"}},
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            _traced(model, features),
+            output_names=["logits"],
+            dynamic_shapes={"input_values": _free_axes(features, str)},
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(
+            f"format onnx: torch cannot write this {type(model).__name__} as ONNX: "
+            f"{shorten(str(error.__cause__ or error), 300)}. Use --format torch_export"
+        ) from error
     program.model.metadata_props.update(values)
-    program.save(path, external_data=False)
+    proto = program.model_proto
+    # Shapes between the layers, which no runtime needs. onnxruntime's `quantize_dynamic` transposes weights and then
+    # refuses the file because their recorded shapes differ.
+    proto.graph.ClearField("value_info")
+    path.write_bytes(proto.SerializeToString())
 
 
 def _read_onnx(path, model):
@@ -266,9 +276,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # torch's exporters warn of what is theirs
+    warnings.simplefilter("ignore")  # torch's exporters warn about their own code
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     try:
         main(sys.argv[1:])
-    except (ExportError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

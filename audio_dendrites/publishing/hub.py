@@ -230,7 +230,12 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, token: str | None = None, i
             f"hub_strategy: checkpoint has one, and only until it ends"
         )
     state = read_json(snapshot / LAST_CHECKPOINT / "trainer_state.json")
-    last, best = (output_dir / f"checkpoint-{state[step] or 0}" for step in ("global_step", "best_global_step"))
+    steps = [state.get(name) or 0 for name in ("global_step", "best_global_step")]
+    if wrong := [step for step in steps if not isinstance(step, int)]:  # a text could lead out of the run folder
+        raise UserError(
+            f"resume_from_checkpoint: trainer_state.json of {repo_id} has the step {wrong[0]!r}, not a number"
+        )
+    last, best = (output_dir / f"checkpoint-{step}" for step in steps)
     if is_first:
         if (snapshot / BEST_CHECKPOINT).is_dir() and best != last:
             _copy_checkpoint(snapshot / BEST_CHECKPOINT, best, best)

@@ -2,17 +2,20 @@
 
 import json
 import logging
+import pickle
 import re
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from audio_dendrites.errors import UserError
@@ -128,7 +131,11 @@ def _changes(recipe: Recipe, saved: Path) -> list[str]:
 
 
 def _fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None. The Trainer writes `trainer_state.json` last."""
+    """Why a checkpoint cannot be resumed from, or None. The Trainer writes `trainer_state.json` last.
+
+    The optimizer, the schedule and the random states are pickles. `torch.load` reads them as the Trainer does, with
+    `weights_only`: an object that is neither a tensor nor a plain value is never built, and the checkpoint is refused.
+    """
     if not folder.is_dir():
         return "there is no such folder"
     try:
@@ -139,6 +146,11 @@ def _fault(folder: Path) -> str | None:
         return f"it is incomplete ({error})"
     random_states = list(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
     for path in (folder / "optimizer.pt", folder / "scheduler.pt", *random_states):
-        if not zipfile.is_zipfile(path):
-            return f"{path.name} is missing or damaged"
+        try:
+            with safe_globals():
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # which leaves tensors on the disk
+        except pickle.UnpicklingError:
+            return f"{path.name} holds objects that are neither tensors nor plain values, and such objects can run code"
+        except (OSError, RuntimeError) as error:
+            return f"{path.name} is missing or damaged ({shorten(str(error), 200)})"
     return None

@@ -1,0 +1,96 @@
+"""Load a finished model from a folder or the Hub without running the code that comes with it."""
+
+import logging
+import pickle
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    FeatureExtractionMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+import audio_dendrites.models  # noqa: F401  so that transformers loads this project's types as its own classes
+from audio_dendrites.errors import UserError
+from audio_dendrites.files import damaged_file
+
+logger = logging.getLogger(__name__)
+
+AUTO_CLASSES = ("AutoConfig", "AutoModelForAudioClassification", "AutoFeatureExtractor")
+NEEDS_OWN_CODE = "trust_remote_code=True"  # in the errors of transformers for models that do not load without it
+# What `from_pretrained` raises for folders that are incomplete, broken or hostile.
+LOADING_ERRORS = (
+    ImportError, OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError, pickle.UnpicklingError,
+)  # fmt: skip
+
+
+def load_finished(name: str | Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, FeatureExtractionMixin]:
+    """Load a finished model and its feature extractor.
+
+    The model types of transformers and of this project need no code from the folder or the repository. A model of
+    another type brings its own code, which can do everything that the user can do.
+
+    Args:
+        name: Folder or Hub id.
+        trust_remote_code: Whether code from the folder or the repository may run.
+
+    Returns:
+        The model, in float32, on the CPU, in evaluation mode and without gradients, and its feature extractor.
+
+    Raises:
+        UserError: There is no such model, its weights do not fit its configuration, or it needs its own code and
+            `trust_remote_code` is False.
+    """
+    name = str(name)
+    if trust_remote_code and (code := own_code(name)):
+        logger.warning("%s may run its own code: %s.", name, ", ".join(code))
+    try:
+        model, loading = AutoModelForAudioClassification.from_pretrained(
+            name, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True
+        )
+        extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise loading_error(name, error) from error
+    if wrong := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):
+        raise UserError(
+            f"{name}: the weights do not fit config.json: {len(wrong)} tensors are missing or left over, among them "
+            f"{', '.join(wrong[:3])}. Give a finished model. A checkpoint of a model that grows dendrites is not one"
+        )
+    return model.requires_grad_(False).eval(), extractor
+
+
+def loading_error(name: str, error: Exception) -> UserError:
+    """The reason why a model, or its configuration, did not load."""
+    if NEEDS_OWN_CODE in str(error):
+        return UserError(
+            f"{name} needs code of its own, {', '.join(own_code(name))}. It was not run, because it can do everything "
+            f"that you can do. If you have read it and trust it, predict.py runs it with --trust_remote_code"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return UserError(f"{name} could not be loaded: its weights hold objects other than tensors, which can run code")
+    fault = None
+    if (folder := Path(name)).is_dir():
+        fault = damaged_file(folder) if (folder / "config.json").exists() else "it has no config.json"
+    return UserError(f"{name} could not be loaded: {fault or shorten(str(error), 400, placeholder=' …')}")
+
+
+def own_code(name: str) -> list[str]:
+    """The Python files, with their folder or repository, that `trust_remote_code=True` runs for a model."""
+    references = []
+    for read in (PreTrainedConfig.get_config_dict, FeatureExtractionMixin.get_feature_extractor_dict):
+        try:
+            auto_map = read(name)[0].get("auto_map", {})
+        except (OSError, ValueError):
+            continue  # a file that is missing or broken names no code
+        references += [auto_map[key] for key in AUTO_CLASSES if key in auto_map]
+    found = set()
+    for reference in references:
+        repository, _, attribute = reference.rpartition("--")
+        found.add(f"{repository or name}/{attribute.rpartition('.')[0]}.py")
+    return sorted(found)
