@@ -5,14 +5,14 @@
 Simulates runs of ten classes on 150 source recordings of 1 to 11 clips. The expected accuracy of a run is 70 %, plus
 seed noise with a standard deviation of 0, 3 or 6 points. Its logits add up noise of the recording, of side and
 recording, of run and recording, and of run and clip. Prints, for each number of folds and seeds a side, the share of
-the comparisons that are significant at 5 %, as a Markdown table:
+comparisons that are significant at 5 %, in %, as a Markdown table:
 
-- false alarms: both sides have the same expected accuracy. One run a side makes a claim about two models, so there both
-  *models* have it, whatever their seeds. With several runs, the *recipes* have it, and seeds scatter the models.
-- power: the other side is 5 points better.
-
-Columns "recordings" and "naive" are two bootstraps of false alarms for contrast: the one draws recordings and takes
-seeds as given, the other also draws runs, with replacement, and both take the percentiles of the draws.
+- paired, unpaired: false alarms of compare.py, with equal or other seeds on both sides. The expected accuracies are
+  equal: with one run a side those of both models, whatever their seeds, because the claim is about two models; with
+  several runs those of both recipes, and seeds scatter the models.
+- power: the same where the other side is 5 points better.
+- bootstrap, hierarchical: for contrast, false alarms about recipes if the percentiles of a bootstrap decide, of
+  recordings alone, or of runs and recordings.
 """
 
 import argparse
@@ -22,14 +22,14 @@ import numpy as np
 from scipy.special import ndtr
 from scipy.stats import norm
 
-from audio_dendrites.results import statistics
-from audio_dendrites.results.statistics import Runs, difference
+from audio_dendrites.results.statistics import SCORES, Runs, difference
 from audio_dendrites.results.tables import markdown_table
 
 CLASSES, RECORDINGS, ACCURACY, GAIN = 10, 150, 0.70, 0.05
 # Variances of the logits' noise; their sum is 1.
 SHARES = {"recording": 0.4, "side and recording": 0.1, "run and recording": 0.2, "run and clip": 0.3}
 DRAWS = 1000
+COLUMNS = ("bootstrap", "hierarchical", "paired", "unpaired", "power, paired", "power, unpaired")
 
 STRENGTHS = np.linspace(-3, 8, 1101)
 NODES = np.linspace(-6, 6, 241)
@@ -45,13 +45,13 @@ class Study:
     """Clips of recordings, and runs that classify them."""
 
     def __init__(self, random: np.random.Generator, folds: int, seeds: int):
-        self.random, self.folds, self.seeds = random, folds, seeds
+        self.random = random
         sizes = random.integers(1, 12, RECORDINGS)
         self.group = np.repeat(np.arange(RECORDINGS), sizes)
         self.labels = random.integers(CLASSES, size=RECORDINGS)[self.group]
         self.fold = (np.arange(RECORDINGS) % folds)[self.group]
         self.references = np.eye(CLASSES)[self.labels]
-        self.runs = [(fold, seed) for fold in range(folds) for seed in range(seeds)]
+        self.cells = [(fold, seed) for fold in range(folds) for seed in range(seeds)]
 
     def noise(self, share: str, rows: int) -> np.ndarray:
         return self.random.standard_normal((rows, CLASSES), dtype=np.float32) * np.float32(np.sqrt(SHARES[share]))
@@ -62,21 +62,21 @@ class Study:
         for side in accuracies:
             base = common + self.noise("side and recording", RECORDINGS)
             found.append([])
-            for (fold, _), strength in zip(self.runs, strengths(side), strict=True):
+            for (fold, _), strength in zip(self.cells, strengths(side), strict=True):
                 logits = (base + self.noise("run and recording", RECORDINGS))[self.group]
                 logits += self.noise("run and clip", len(self.group)) + strength * self.references
                 found[-1].append(logits[self.fold == fold])
         return found
 
-    def tested(self, logits: Sequence[np.ndarray], score: str, name: str) -> Runs:
+    def runs_of(self, logits: Sequence[np.ndarray], score: str, name: str) -> Runs:
         """What compare.py makes of a side; `name` is part of its seeds, so that other names are not paired."""
         scores, influence = [], np.zeros((RECORDINGS, len(logits)))
-        for run, ((fold, _), one) in enumerate(zip(self.runs, logits, strict=True)):
+        for run, ((fold, _), one) in enumerate(zip(self.cells, logits, strict=True)):
             mine = self.fold == fold
-            value, slopes = getattr(statistics, score)(one, self.references[mine])
+            value, slopes = SCORES[score](one, self.references[mine])
             scores.append(value)
             influence[:, run] = np.bincount(self.group[mine], slopes, minlength=RECORDINGS)
-        folds, seeds = zip(*((str(fold), f"{name}{seed}") for fold, seed in self.runs), strict=True)
+        folds, seeds = zip(*((str(fold), f"{name}{seed}") for fold, seed in self.cells), strict=True)
         return Runs(np.array(scores), influence, folds, seeds)
 
 
@@ -84,37 +84,33 @@ def bootstraps(study: Study, sides: Sequence[Sequence[np.ndarray]]) -> tuple[boo
     """Whether the 95 % of draws exclude 0: of recordings, and of recordings and runs. For accuracy and one fold."""
     times = study.random.multinomial(RECORDINGS, np.full(RECORDINGS, 1 / RECORDINGS), size=DRAWS).astype(np.float32)
     clips = times @ np.bincount(study.group, minlength=RECORDINGS)
-    recordings, naive = 0.0, 0.0
+    recordings, hierarchical = 0.0, 0.0
     for sign, logits in zip((-1, 1), sides, strict=True):
         right = [np.bincount(study.group, one.argmax(1) == study.labels, minlength=RECORDINGS) for one in logits]
         drawn = times @ np.stack(right, axis=1).astype(np.float32) / clips[:, None]
         picked = study.random.integers(len(logits), size=drawn.shape)
         recordings += sign * drawn.mean(axis=1)
-        naive += sign * np.take_along_axis(drawn, picked, axis=1).mean(axis=1)
-    ends = [np.quantile(drawn, [0.025, 0.975]) for drawn in (recordings, naive)]
+        hierarchical += sign * np.take_along_axis(drawn, picked, axis=1).mean(axis=1)
+    ends = [np.quantile(drawn, [0.025, 0.975]) for drawn in (recordings, hierarchical)]
     return tuple(bool(low > 0 or high < 0) for low, high in ends)
 
 
 def rates(random: np.random.Generator, noise: float, folds: int, seeds: int, options: argparse.Namespace) -> list[str]:
     """A row of the table."""
-    found = {name: [] for name in ("recordings", "naive", "paired", "unpaired", "paired power", "unpaired power")}
-    runs = folds * seeds
+    found: dict[str, list[bool]] = {name: [] for name in COLUMNS}
     for _ in range(options.comparisons):
-        for gain, suffix in ((0.0, ""), (GAIN, " power")):
-            study = Study(random, folds, seeds)
-            accuracies = ACCURACY + noise * random.standard_normal((2, runs))
-            if runs == 1:
-                accuracies[1] = accuracies[0]
-            accuracies[1] += gain
-            sides = study.sides(np.clip(accuracies, 0.2, 0.99))
-            reference = study.tested(sides[0], options.score, "")
-            for kind, name in (("paired", ""), ("unpaired", "other ")):
-                other = study.tested(sides[1], options.score, name)
-                low, high = difference(reference, other).interval()
-                found[kind + suffix].append(low > 0 or high < 0)
-            if not gain and folds == 1 and options.score == "accuracy":
-                for name, significant in zip(("recordings", "naive"), bootstraps(study, sides), strict=True):
-                    found[name].append(significant)
+        study = Study(random, folds, seeds)
+        scattered = ACCURACY + noise * random.standard_normal((2, folds * seeds))
+        if folds == 1 and options.score == "accuracy":
+            for name, alarm in zip(COLUMNS[:2], bootstraps(study, study.sides(scattered)), strict=True):
+                found[name].append(alarm)
+        equal = scattered[[0, 0]] if folds * seeds == 1 else scattered
+        for gain, columns in ((0.0, COLUMNS[2:4]), (GAIN, COLUMNS[4:])):
+            sides = study.sides(equal + [[0.0], [gain]])
+            reference = study.runs_of(sides[0], options.score, "")
+            for name, column in zip(("", "other "), columns, strict=True):
+                low, high = difference(reference, study.runs_of(sides[1], options.score, name)).interval()
+                found[column].append(low > 0 or high < 0)
     shares = [f"{100 * np.mean(hits):.1f}" if hits else "" for hits in found.values()]
     return [f"{100 * noise:.0f}", str(folds), str(seeds), *shares]
 
@@ -122,9 +118,9 @@ def rates(random: np.random.Generator, noise: float, folds: int, seeds: int, opt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comparisons", type=int, default=4000, help="Of each cell.")
-    parser.add_argument("--score", choices=["accuracy", "macro_f1", "mean_average_precision"], default="accuracy")
+    parser.add_argument("--score", choices=list(SCORES), default="accuracy")
     options = parser.parse_args()
-    rows = [["points between seeds", "folds", "seeds", "recordings", "naive", "paired", "unpaired", "power", "power"]]
+    rows = [["seed noise, points", "folds", "seeds", *COLUMNS]]
     for folds, seeds in ((1, 1), (1, 3), (1, 5), (5, 1), (2, 3)):
         for noise in (0.0, 0.03, 0.06):
             rows.append(rates(np.random.default_rng([folds, seeds, int(100 * noise)]), noise, folds, seeds, options))
