@@ -38,7 +38,7 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
         UserError: A folder is no finished run, or the runs did not test the same clips of the same classes.
     """
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
-        raise UserError(f"found {', '.join(map(str, folders))}; wanted two run folders or more, no one twice")
+        raise UserError(f"the runs must be two folders or more, each named once, got {', '.join(map(str, folders))}")
     members, tables = zip(*map(read_run, folders), strict=True)
     check_same_task(folders, members, ("dataset", "labels", "loss"))
     labels = members[0]["labels"]

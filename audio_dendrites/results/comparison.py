@@ -278,7 +278,7 @@ def plot(found: Mapping[str, Any], sides: Sequence[Side], path: Path) -> None:
     rows = np.arange(len(by_class))
     classes.hlines(rows, by_class.min(axis=1), by_class.max(axis=1), color="lightgrey", linewidth=3, zorder=0)
     for number, name in enumerate(by_class):
-        classes.scatter(by_class[name], rows, label=name, color=f"C{number}", zorder=2)
+        classes.scatter(by_class[name], rows, s=160 / (number + 1), label=name, color=f"C{number}")
     what = "accuracy" if score == "accuracy" else "average precision"
     classes.set(title=f"{what} by class", xlim=(-0.03, 1.03), yticks=rows, yticklabels=by_class.index)
     classes.invert_yaxis()

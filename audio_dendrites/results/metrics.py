@@ -66,8 +66,8 @@ class MeanAveragePrecision(_ScoreMetric):
         return {"mAP": float(np.nanmean(average_precisions(scores, references)))}
 
 
-class AreaUnderCurve(_ScoreMetric):
-    """AUC: area under the ROC curve of each class against the rest, averaged over those that occur, and its d'.
+class MultiLabelScores(MeanAveragePrecision):
+    """mAP; AUC, the area under the ROC curve of each class, averaged over those that occur; and d' of the AUC.
 
     d' = √2 Φ⁻¹(AUC), as Gemmeke et al. (2017) have it for AudioSet, and AST and PANNs after them. For an AUC of 1 it
     would be infinite, so that 1 counts as 1 - 1e-6.
@@ -80,7 +80,8 @@ class AreaUnderCurve(_ScoreMetric):
         # Mann and Whitney (1947): the share of pairs in which the positive clip has the higher score.
         wins = (rankdata(scores, axis=0) * positive).sum(axis=0) - counts * (counts + 1) / 2
         auc = float(np.mean(wins[pairs > 0] / pairs[pairs > 0]))
-        return {"AUC": auc, "d_prime": float(np.sqrt(2) * norm.ppf(min(auc, 1 - 1e-6)))}
+        d_prime = float(np.sqrt(2) * norm.ppf(min(auc, 1 - 1e-6)))
+        return super()._compute(predictions, references) | {"AUC": auc, "d_prime": d_prime}
 
 
 class PerClassAccuracy(_ScoreMetric):
@@ -97,7 +98,7 @@ EVALUATIONS = {
     "cross_entropy": evaluate.combine([Accuracy(), MacroF1(), MeanAveragePrecision()]),
     "bce": evaluate.combine([Accuracy(), MacroF1(), MeanAveragePrecision("sigmoid")]),
 }
-MULTI_LABEL_EVALUATION = evaluate.combine([MeanAveragePrecision("multilabel"), AreaUnderCurve("multilabel")])
+MULTI_LABEL_EVALUATION = MultiLabelScores("multilabel")
 
 
 def ranking(logits: np.ndarray, loss: str) -> np.ndarray:
