@@ -17,6 +17,7 @@ comparisons that are significant at 5 %, in %, as a Markdown table:
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.special import ndtr
@@ -68,21 +69,25 @@ class Study:
                 found[-1].append(logits[self.fold == fold])
         return found
 
-    def runs_of(self, logits: Sequence[np.ndarray], score: str, name: str) -> Runs:
-        """What compare.py makes of a side; `name` is part of its seeds, so that other names are not paired."""
+    def runs_of(self, logits: Sequence[np.ndarray], score: str) -> Runs:
+        """What compare.py makes of a side."""
         scores, influence = [], np.zeros((RECORDINGS, len(logits)))
         for run, ((fold, _), one) in enumerate(zip(self.cells, logits, strict=True)):
             mine = self.fold == fold
             value, slopes = SCORES[score](one, self.references[mine])
             scores.append(value)
             influence[:, run] = np.bincount(self.group[mine], slopes, minlength=RECORDINGS)
-        folds, seeds = zip(*((str(fold), f"{name}{seed}") for fold, seed in self.cells), strict=True)
-        return Runs(np.array(scores), influence, folds, seeds)
+        folds, seeds = zip(*self.cells, strict=True)
+        return Runs(np.array(scores), influence, list(map(str, folds)), seeds)
 
 
-def bootstraps(study: Study, sides: Sequence[Sequence[np.ndarray]]) -> tuple[bool, bool]:
-    """Whether the 95 % of draws exclude 0: of recordings, and of recordings and runs. For accuracy and one fold."""
-    times = study.random.multinomial(RECORDINGS, np.full(RECORDINGS, 1 / RECORDINGS), size=DRAWS).astype(np.float32)
+def bootstraps(study: Study, sides: Sequence[Sequence[np.ndarray]], times: np.ndarray) -> tuple[bool, bool]:
+    """Whether the 95 % of draws exclude 0: of recordings, and of recordings and runs. For accuracy and one fold.
+
+    Args:
+        study, sides: The clips, and what `Study.sides` gives for them.
+        times: (draws, recordings), how often a draw has each recording.
+    """
     clips = times @ np.bincount(study.group, minlength=RECORDINGS)
     recordings, hierarchical = 0.0, 0.0
     for sign, logits in zip((-1, 1), sides, strict=True):
@@ -98,18 +103,19 @@ def bootstraps(study: Study, sides: Sequence[Sequence[np.ndarray]]) -> tuple[boo
 def rates(random: np.random.Generator, noise: float, folds: int, seeds: int, options: argparse.Namespace) -> list[str]:
     """A row of the table."""
     found: dict[str, list[bool]] = {name: [] for name in COLUMNS}
+    times = random.multinomial(RECORDINGS, np.full(RECORDINGS, 1 / RECORDINGS), size=DRAWS).astype(np.float32)
     for _ in range(options.comparisons):
         study = Study(random, folds, seeds)
         scattered = ACCURACY + noise * random.standard_normal((2, folds * seeds))
         if folds == 1 and options.score == "accuracy":
-            for name, alarm in zip(COLUMNS[:2], bootstraps(study, study.sides(scattered)), strict=True):
+            for name, alarm in zip(COLUMNS[:2], bootstraps(study, study.sides(scattered), times), strict=True):
                 found[name].append(alarm)
         equal = scattered[[0, 0]] if folds * seeds == 1 else scattered
         for gain, columns in ((0.0, COLUMNS[2:4]), (GAIN, COLUMNS[4:])):
-            sides = study.sides(equal + [[0.0], [gain]])
-            reference = study.runs_of(sides[0], options.score, "")
-            for name, column in zip(("", "other "), columns, strict=True):
-                low, high = difference(reference, study.runs_of(sides[1], options.score, name)).interval()
+            reference, other = (study.runs_of(side, options.score) for side in study.sides(equal + [[0.0], [gain]]))
+            others = other, replace(other, seeds=[seed + seeds for seed in other.seeds])
+            for one, column in zip(others, columns, strict=True):
+                low, high = difference(reference, one).interval()
                 found[column].append(low > 0 or high < 0)
     shares = [f"{100 * np.mean(hits):.1f}" if hits else "" for hits in found.values()]
     return [f"{100 * noise:.0f}", str(folds), str(seeds), *shares]
