@@ -209,9 +209,8 @@ def test_any_number_of_sides_is_compared_with_the_first(tmp_path, capsys):
     assert "`wide` does not change the accuracy of `plain` significantly: +0.83 points" in printed
     assert plain["accuracy"] == {"mean": pytest.approx(0.5833, abs=1e-4), "deviation": pytest.approx(0.0289, abs=1e-4)}
     assert plain["seeds"] == [0, 1, 2] and wide["accuracy"]["p"] > 0.3 and dendrites["accuracy"]["effect_size"] > 3
-    pair = {name: sides[name] for name in ("plain", "dendrites")}
-    write_comparison(pair, tmp_path / "pair")
-    alone = json.loads((tmp_path / "pair" / "comparison.json").read_text())["sides"][1]["accuracy"]
+    compare("--side", "plain", *sides["plain"], "--side", "dendrites", *sides["dendrites"])
+    alone = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["sides"][1]["accuracy"]
     assert dendrites["accuracy"]["p"] == pytest.approx(2 * alone["p"])  # the smaller of two p
     assert dendrites["accuracy"]["low"] < alone["low"] and dendrites["accuracy"]["difference"] == alone["difference"]
     rows = pandas.read_csv(tmp_path / "out" / "comparison.csv")

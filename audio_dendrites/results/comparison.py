@@ -336,11 +336,14 @@ def main(arguments: Sequence[str]) -> None:
         metavar=("NAME", "RUN"),
         help="A side's name and run folders.",
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="Default: the first run folder of the last side.")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="Default: DENDRITIC, or comparison beside the last runs."
+    )
     options = parser.parse_args(arguments)
     named = {name: [Path(run) for run in runs] for name, *runs in options.side}
     if len(options.runs) == 2 and not named:
         named = {name: [run] for name, run in zip(("baseline", "dendritic"), options.runs, strict=True)}
     elif options.runs or len(named) < max(2, len(options.side)) or not all(named.values()):
         parser.error("expected two run folders, or --side NAME RUN ... twice or more, each with a name of its own")
-    write_comparison(named, options.output or list(named.values())[-1][0])
+    last = list(named.values())[-1][0]
+    write_comparison(named, options.output or (last if options.runs else last.resolve().parent / "comparison"))
