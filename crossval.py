@@ -21,11 +21,11 @@ from typing import Any
 
 import pandas
 
-import compare
 import train
 from audio_dendrites.errors import UserError
 from audio_dendrites.files import written_whole
 from audio_dendrites.recipes import Recipe, parse_recipe
+from audio_dendrites.results.comparison import write_comparison
 from audio_dendrites.results.plots import plot_classes
 from audio_dendrites.results.scores import score, score_names
 from audio_dendrites.results.tables import markdown_table
@@ -89,8 +89,8 @@ def summary(folders: Sequence[Path]) -> tuple[str, dict[str, Any], pandas.DataFr
         folders: Finished run folders.
 
     Returns:
-        A Markdown table; crossval.json's entry: mean and standard deviation of each score over the runs, and the scores
-        of all clips pooled; and the predictions of all runs.
+        A Markdown table; crossval.json's entry: mean and standard deviation of each score over the runs, and of all
+        clips pooled the scores that the scale of a model's logits does not change; and the predictions of all runs.
     """
     runs = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders]
     predictions = pandas.concat([pandas.read_parquet(folder / "predictions.parquet") for folder in folders])
@@ -109,7 +109,7 @@ def summary(folders: Sequence[Path]) -> tuple[str, dict[str, Any], pandas.DataFr
         "runs": [folder.name for folder in folders],
         "mean": means,
         "standard_deviation": deviations,
-        "pooled": {name: pooled[name] for name in scores},
+        "pooled": {name: pooled[name] for name in ("accuracy", "macro_f1") if name in pooled},
         "parameters": parameters,
         "minutes": sum(run["train_runtime"] for run in runs) / 60,
     }
@@ -156,9 +156,9 @@ def main(arguments: Sequence[str]) -> None:
     if not recipes[0].dendrites.baseline:
         return write(folder, {"dendritic" if recipes[0].dendrites.pai else "baseline": runs}, sys.argv)
     baselines = [Path(recipe.baseline().training.output_dir) for recipe in recipes]
-    write(folder, {"baseline": baselines, "dendritic": runs}, sys.argv)
-    pair = ["--baseline", *map(str, baselines), "--dendritic", *map(str, runs), "--output", str(folder)]
-    compare.main(pair)
+    kinds = {"baseline": baselines, "dendritic": runs}
+    write(folder, kinds, sys.argv)
+    write_comparison(kinds, folder)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import numpy as np
 from pandas import DataFrame
 from scipy.special import log_expit, log_softmax, logsumexp
 
-from audio_dendrites.data.splits import is_multi_label
 from audio_dendrites.errors import UserError
 from audio_dendrites.files import written_whole
 from audio_dendrites.results.runs import check_same_clips, check_same_task, read_run
@@ -39,9 +38,9 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
         UserError: A folder is no finished run, or the runs did not test the same clips of the same classes.
     """
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
-        raise UserError(f"found {', '.join(map(str, folders))}; wanted two run folders or more, no one twice")
+        raise UserError(f"the runs must be two folders or more, each named once, got {', '.join(map(str, folders))}")
     members, tables = zip(*map(read_run, folders), strict=True)
-    check_same_task(folders, members)
+    check_same_task(folders, members, ("dataset", "labels", "loss"))
     labels = members[0]["labels"]
     tables = [table.set_index("clip") for table in tables]
     first = tables[0]
@@ -49,14 +48,16 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
         check_same_clips(first, table, str(folders[0]), str(folder))
     aligned = [table.loc[first.index] for table in tables]
     logits = np.stack([np.stack(table["logits"]) for table in aligned])
-    mean = mean_logits(logits, is_multi_label(first["label"]))
+    loss = members[0]["loss"]
+    mean = mean_logits(logits, loss)
     predictions = with_predictions(first, mean, labels).reset_index()
-    members = [run | {"test": score(table, labels)} for run, table in zip(members, aligned, strict=True)]
+    members = [run | {"test": score(table, labels, loss)} for run, table in zip(members, aligned, strict=True)]
     metrics = {
         "dataset": members[0]["dataset"],
         "labels": labels,
         "members": [folder.name for folder in folders],
-        "test": score(predictions, labels),
+        "loss": loss,
+        "test": score(predictions, labels, loss),
         "parameters": sum(run["parameters"] for run in members),
         "steps": sum(run["steps"] for run in members),
         "train_steps_per_second": None,
@@ -64,7 +65,7 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
     return members, metrics, predictions
 
 
-def mean_logits(logits: np.ndarray, multi_label: bool = False) -> np.ndarray:
+def mean_logits(logits: np.ndarray, loss: str = "cross_entropy") -> np.ndarray:
     """Logits of the mean of the members' probabilities.
 
     The mean is taken of probabilities as the AST authors take it (github.com/YuanGongND/ast,
@@ -72,13 +73,13 @@ def mean_logits(logits: np.ndarray, multi_label: bool = False) -> np.ndarray:
 
     Args:
         logits: (members, clips, classes).
-        multi_label: Whether the probabilities are the sigmoid, not the softmax.
+        loss: cross_entropy, where the probabilities are the softmax, or bce, where they are the sigmoids.
 
     Returns:
         (clips, classes), float32, whose softmax, or sigmoid, is the mean.
     """
     logits = logits.astype(np.float64)
-    if multi_label:
+    if loss == "bce":
         mean = logsumexp(log_expit(logits), axis=0) - logsumexp(log_expit(-logits), axis=0)
     else:
         mean = logsumexp(log_softmax(logits, axis=2), axis=0) - np.log(len(logits))

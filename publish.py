@@ -9,7 +9,6 @@ command again sends only the missing files. --dry_run lists every file, needs no
 """
 
 import argparse
-import json
 import logging
 import shlex
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.publishing import hub
-from audio_dendrites.publishing.content import staged_files
+from audio_dendrites.publishing.content import read_comparison, staged_files
 from audio_dendrites.recipes import default_hub_model_id
 from audio_dendrites.results.tables import markdown_table
 
@@ -40,10 +39,10 @@ def publications(options: argparse.Namespace) -> list[tuple[Path, str, str | Non
 
 def baseline_of(run: Path) -> Path | None:
     """The run folder that comparison.json names as the baseline of a run with dendrites, if it exists."""
-    path = run / "comparison.json"
-    if not path.is_file():
+    comparison = read_comparison(run)
+    if comparison is None:
         return None
-    baseline, dendritic = (json.loads(path.read_text())[side]["runs"] for side in ("baseline", "dendritic"))
+    baseline, dendritic = (side["runs"] for side in comparison["sides"])
     beside = run.resolve().parent / baseline[0]
     return beside if dendritic == [run.resolve().name] and (beside / "metrics.json").is_file() else None
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from joblib import cpu_count
 from transformers import EarlyStoppingCallback, set_seed
 
-import compare
 from audio_dendrites.data.clips import load_clips
 from audio_dendrites.data.features import ClipFeatures, ExactFeatures, extract_features, feature_lengths
 from audio_dendrites.data.splits import class_names, drop_bad_clips, encode_labels, is_multi_label, split_by_fold
@@ -28,6 +27,7 @@ from audio_dendrites.publishing.card import write_card
 from audio_dendrites.publishing.check import check_pipeline
 from audio_dendrites.publishing.export import export_dendritic
 from audio_dendrites.recipes import Recipe, parse_recipe, write_yaml
+from audio_dendrites.results.comparison import write_comparison
 from audio_dendrites.results.metrics import compute_metrics
 from audio_dendrites.results.report import is_finished, print_summary, write_run
 from audio_dendrites.results.scores import predictions_table
@@ -117,7 +117,7 @@ def train(recipe: Recipe) -> None:
         train_dataset=train_clips,
         eval_dataset=in_windows["validation"](examples["validation"]),
         processing_class=extractor.stock(),
-        compute_metrics=compute_metrics,
+        compute_metrics=partial(compute_metrics, loss=loss),
         callbacks=callbacks,
         loss=loss,
         teacher=teacher,
@@ -165,7 +165,8 @@ def main(recipe: Recipe) -> None:
     for one in pair:
         train(one)
     if recipe.training.process_index == 0:
-        compare.main([one.training.output_dir for one in pair])
+        folders = [Path(one.training.output_dir) for one in pair]
+        write_comparison({"baseline": folders[:1], "dendritic": folders[1:]}, folders[1])
         for one in pair:
             write_card(Path(one.training.output_dir), CARD)
     for one, other in zip(pair, reversed(pair), strict=True):

@@ -316,8 +316,8 @@ class FeatureArguments:
     convention: Literal["kaldi", "librosa"] | None = option(
         None,
         "Log-mel of a model with `waveform`. kaldi: that of ASTFeatureExtractor. librosa: that of PANNs, with frames "
-        "of 32 ms, mel filters from 50 Hz to 14 kHz, decibels, and no normalisation (mean 0, std 0.5). Default: that of "
-        "the pretrained model, or kaldi.",
+        "of 32 ms, mel filters from 50 Hz to 14 kHz, decibels, and no normalisation (mean 0, std 0.5). Default: that "
+        "of the pretrained model, or kaldi.",
     )
 
     def __post_init__(self):

@@ -1,8 +1,9 @@
 """Small models, spectrograms and data sets that the tests share; nothing here needs a network or leaves its folder."""
 
 import io
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # Before the first import of a Hugging Face library: the tests never reach for the network or the user's caches.
@@ -16,6 +17,8 @@ import soundfile
 from datasets import ClassLabel, Dataset, List
 from hub.server import WRITE_TOKEN, Hub
 from pandas import DataFrame
+
+from audio_dendrites.results.scores import score, with_predictions
 
 ROOT = Path(__file__).parent.parent
 
@@ -165,6 +168,22 @@ def chords(tones) -> Path:
     clips.to_parquet(path)
     tones.unlink()
     return path
+
+
+def write_run(
+    folder: Path, labels: Sequence[str], clips: Sequence[int], truth: Sequence, logits: np.ndarray, /, **fields
+) -> Path:
+    """The folder of a finished run without its model; two clips a source recording. `fields` are of metrics.json."""
+    table = DataFrame({"clip": [f"c{clip:02}" for clip in clips], "fold": "1", "label": list(truth)})
+    table = with_predictions(table.assign(group=[str(clip // 2) for clip in clips]), np.float32(logits), labels)
+    folder.mkdir(parents=True)
+    table.to_parquet(folder / "predictions.parquet", index=False)
+    metrics = {
+        "dataset": "animals", "labels": list(labels), "test": score(table, labels), "parameters": 1000, "steps": 20,
+        "train_steps_per_second": 2.0,
+    }  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(metrics | fields))
+    return folder
 
 
 TONES = {  # recipe fields for `tones`

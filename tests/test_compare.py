@@ -1,24 +1,24 @@
-"""Statistics against counts by hand, and compare.py on run folders made for it."""
+"""Statistics against SciPy, scikit-learn and counts by hand, and compare.py on run folders made for it."""
 
 import json
 import subprocess
 import sys
+from argparse import Namespace
+from functools import partial
 
 import numpy as np
+import pandas
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_run
 from matplotlib.image import imread
-from pandas import DataFrame
-from sklearn.metrics import average_precision_score
+from scipy import stats
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
-import compare
 from audio_dendrites.errors import UserError
-from audio_dendrites.results.statistics import (
-    average_precision_interval,
-    bootstrap_interval,
-    error_reduction,
-    mcnemar_exact,
-)
+from audio_dendrites.results import statistics
+from audio_dendrites.results.comparison import main, write_comparison
+from audio_dendrites.results.statistics import Difference, Runs, difference, error_reduction, holm, mcnemar_exact
+from benchmarks.false_alarms import rates
 
 
 def test_error_reduction_is_the_share_of_errors_that_went():
@@ -28,240 +28,295 @@ def test_error_reduction_is_the_share_of_errors_that_went():
 
 
 def test_mcnemar_is_a_fair_coin_over_the_clips_on_which_the_two_differ():
-    # 6 clips: both right, both wrong, 1 the baseline's, 3 the other's. P(at most 1 of 4) twice: 2 · (1 + 4) / 16.
-    baseline, other = [1, 0, 1, 0, 0, 0], [1, 0, 0, 1, 1, 1]
-    assert mcnemar_exact(baseline, other) == (1, 3, pytest.approx(10 / 16))
-    # 0 of 6: 2 / 2^6.
-    assert mcnemar_exact([0] * 6, [1] * 6) == (0, 6, pytest.approx(2 / 64))
-    assert mcnemar_exact([1, 0], [1, 0]) == (0, 0, 1.0)
+    # 6 clips: both right, both wrong, 1 the reference's, 3 the other's. P(at most 1 of 4) twice: 2 · (1 + 4) / 16.
+    reference, other = np.array([1, 0, 1, 0, 0, 0], bool), np.array([1, 0, 0, 1, 1, 1], bool)
+    assert mcnemar_exact(reference, other) == (1, 3, pytest.approx(10 / 16))
+    assert mcnemar_exact(other, other) == (0, 0, 1.0)
 
 
-def test_of_several_runs_the_larger_share_has_the_clip():
-    assert mcnemar_exact([1 / 3, 2 / 3, 1], [2 / 3, 1 / 3, 1])[:2] == (1, 1)
+def test_holm_by_hand():
+    # 0.01 · 3 and 0.03 · 2; 0.04 · 1 is raised to the one before it.
+    found = holm([0.01, 0.04, 0.03])
+    assert [p for p, _ in found] == pytest.approx([0.03, 0.06, 0.06])
+    assert [level for _, level in found] == pytest.approx([1 - 0.05 / 3, 1 - 0.05 * 4 / 6, 1 - 0.05 / 2])
+    assert holm([0.7, 0.04])[0][0] == 0.7 and holm([0.2]) == [(0.2, pytest.approx(0.95))]
+    for value in (0.02, 0.04, 0.06):
+        one = Difference(value, [(1e-4, 3), (3e-4, 50)], None)
+        p, level = holm([one.p, 0.012])[0]
+        assert (one.interval(level)[0] > 0) == (p < 0.05)
 
 
-def test_statistics_of_different_lengths_are_an_error():
-    with pytest.raises(ValueError, match="wanted the same clips"):
-        mcnemar_exact([1, 0], [1])
-    with pytest.raises(ValueError, match="found 3 groups for 2 clips"):
-        bootstrap_interval([1, 0], [1, 1], np.arange(3))
-    scores = np.zeros((1, 2, 3))
-    with pytest.raises(ValueError, match=r"scores \(2, 3\) and \(1, 3\) for references \(2, 3\), wanted the same"):
-        average_precision_interval(scores, scores[:, :1], np.ones((2, 3)), np.arange(2))
-    with pytest.raises(ValueError, match="at least one that occurs"):
-        average_precision_interval(scores, scores, np.zeros((2, 3)), np.arange(2))
-    with pytest.raises(ValueError, match="found 3 groups for 2 clips"):
-        average_precision_interval(scores, scores, np.ones((2, 3)), np.arange(3))
+MACRO_F1 = partial(f1_score, average="macro")
 
 
-def test_the_bootstrap_draws_recordings_not_clips():
-    # Two recordings, one all won, one all lost: a draw has twice the one, one of each, or twice the other.
-    baseline, other = np.repeat([0, 1], 50), np.repeat([1, 0], 50)
-    assert bootstrap_interval(baseline, other, np.repeat([0, 1], 50)) == (-1, 1)
-    low, high = bootstrap_interval(baseline, other, np.arange(100))
-    assert -0.25 < low < -0.15 and 0.15 < high < 0.25  # 1.96 / √100
+def multi_class(clips=60, classes=4, seed=0):
+    """Scores, some of them equal, and references of clips of a class each."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(classes, size=clips)
+    return np.round(random.standard_normal((clips, classes)) + np.eye(classes)[labels], 1), np.eye(classes)[labels]
 
 
-def test_the_bootstrap_agrees_with_the_normal_interval_of_many_recordings():
-    random = np.random.default_rng(0)
-    baseline, other = random.random(2000) < 0.8, random.random(2000) < 0.83
-    difference = other.astype(float) - baseline
-    low, high = bootstrap_interval(baseline, other, np.arange(2000))
-    half = 1.96 * difference.std() / np.sqrt(2000)
-    assert low == pytest.approx(difference.mean() - half, abs=0.003)
-    assert high == pytest.approx(difference.mean() + half, abs=0.003)
-    assert bootstrap_interval(baseline, baseline, np.arange(2000)) == (0, 0)
-    assert bootstrap_interval(baseline, other, np.arange(2000), seed=0) == (low, high)
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("accuracy", lambda truth, scores, w: accuracy_score(truth.argmax(1), scores.argmax(1), sample_weight=w)),
+        ("macro_f1", lambda truth, scores, w: MACRO_F1(truth.argmax(1), scores.argmax(1), sample_weight=w)),
+        ("mAP", lambda truth, scores, w: average_precision_score(truth, scores, sample_weight=w)),
+    ],
+)
+def test_scores_are_those_of_scikit_learn_and_influences_their_derivatives(name, theirs):
+    scores, truth = multi_class()
+    value, influence = statistics.SCORES[name](scores, truth)
+    assert value == pytest.approx(theirs(truth, scores, np.ones(60)))
+    for clip, step in enumerate(1e-5 * np.eye(60)):
+        slope = (theirs(truth, scores, 1 + step) - theirs(truth, scores, 1 - step)) / 2e-5
+        assert influence[clip] == pytest.approx(slope, abs=1e-8)
 
 
-def test_the_bootstrap_of_average_precision_by_hand():
-    # One class, recordings a and b of a positive and a negative clip each. The other side ranks all rightly. Of the
-    # baseline's draws aa has average precision 1, ab (1 + 2/3) / 2, and bb, positives below as many negatives, 1/2.
-    references, groups = np.array([[1], [0], [1], [0]]), ["a", "a", "b", "b"]
-    baseline, other = np.array([[[4.0], [1], [2], [3]]]), np.array([[[4.0], [1], [3], [2]]])
-    assert average_precision_interval(baseline, other, references, groups) == (0, 0.5)
-    assert average_precision_interval(other, baseline, references, groups) == (-0.5, 0)
-    middle = average_precision_interval(baseline, other, references, groups, level=0.4)
-    assert middle == pytest.approx((1 / 6, 1 / 6))
-    # A third recording has no clip of the class: draws of it alone are left out.
-    references, groups = np.vstack([references, [[0]]]), [*groups, "c"]
-    baseline, other = (np.concatenate([side, [[[0.0]]]], axis=1) for side in (baseline, other))
-    assert average_precision_interval(baseline, other, references, groups) == (0, 0.5)
+def runs_of(scores, influence=None, folds=None, seeds=None):
+    runs = len(scores)
+    influence = np.zeros((50, runs)) if influence is None else np.asarray(influence, float)
+    return Runs(np.asarray(scores, float), influence, folds or ["1"] * runs, seeds or list(range(runs)))
 
 
-@pytest.mark.parametrize("seeds", [(1, 1), (2, 3)])
-def test_the_bootstrap_of_average_precision_is_that_of_scikit_learn_in_a_loop(seeds):
-    random, clips, draws = np.random.default_rng(3), 40, 150
-    references = random.random((clips, 4)) < [0.4, 0.2, 0.05, 0]  # one rare, one that does not occur
-    groups, fold = random.integers(12, size=clips), np.arange(clips) % 2
+@pytest.mark.parametrize("name", ["accuracy", "mAP"])
+def test_for_two_models_the_interval_is_that_of_a_bootstrap_of_recordings(name):
+    (first, truth), (second, _) = multi_class(400, seed=1), multi_class(400, seed=2)
+    second = np.round(second - truth + 2 * truth, 1) + 0.5 * first
+    recording = np.repeat(np.arange(100), 4)
+    score = statistics.SCORES[name]
     sides = []
-    for count in seeds:
-        scores = np.round(random.standard_normal((count, clips, 4)) + references, 1)  # some are equal
-        sides.append(np.concatenate([np.where((fold == one)[:, None], scores, np.nan) for one in (0, 1)]))
+    for scores in (first, second):
+        value, influence = score(scores, truth)
+        sides.append(runs_of([value], np.bincount(recording, influence)[:, None]))
+    found = difference(*sides)
 
-    def score(run, rows):
-        rows = rows[~np.isnan(run[rows, 0])]
-        found = [label for label in range(4) if references[rows, label].any()]
-        precisions = [average_precision_score(references[rows, label], run[rows, label]) for label in found]
-        return np.mean(precisions) if precisions else np.nan
+    def resampled(recordings):
+        rows = (4 * recordings[:, None] + np.arange(4)).ravel()
+        return score(second[rows], truth[rows])[0] - score(first[rows], truth[rows])[0]
 
-    names, differences = np.unique(groups), []
-    for picked in np.random.default_rng(5).integers(len(names), size=(draws, len(names))):
-        rows = np.concatenate([np.flatnonzero(groups == names[number]) for number in picked])
-        before, after = (np.nanmean([score(run, rows) for run in side]) for side in sides)
-        differences.append(after - before)
-    found = average_precision_interval(*sides, references, groups, draws=draws, seed=5)
-    assert found == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])), abs=1e-9) and found[0] < found[1]
+    theirs = stats.bootstrap(
+        (np.arange(100),), resampled, n_resamples=1500, vectorized=False, method="percentile", rng=0
+    )
+    assert found.interval() == pytest.approx(theirs.confidence_interval, abs=0.006) and not found.over_runs
+    assert found.value == pytest.approx(score(second, truth)[0] - score(first, truth)[0]) and found.effect_size is None
+    assert found.interval(1 - found.p)[0] == pytest.approx(0, abs=1e-9) and found.p < 0.05
 
 
-def write_run(folder, wrong, clips=range(40), parameters=1000, seconds=10.0, **fields):
+def test_runs_alone_are_compared_by_students_t():
+    first, second, folds = [0.70, 0.74, 0.69], [0.75, 0.77, 0.78], ["1", "2", "3"]
+    for reference, other, theirs in (
+        (runs_of(first), runs_of(second[::-1], seeds=[2, 1, 0]), stats.ttest_rel(second, first)),
+        (runs_of(first), runs_of(second, seeds=[7, 8, 9]), stats.ttest_ind(second, first, equal_var=False)),
+        (runs_of(first), runs_of([*second, 0.71]), stats.ttest_ind([*second, 0.71], first, equal_var=False)),
+        (runs_of(first, folds=folds), runs_of(second, folds=folds, seeds=[7, 8, 9]), stats.ttest_rel(second, first)),
+    ):
+        found = difference(reference, other)
+        assert found.p == pytest.approx(theirs.pvalue) and found.over_runs
+        assert found.interval() == pytest.approx(theirs.confidence_interval())
+    # Two folds, of two seeds each: what lies between folds is not scatter. By hand: each fold of a side has a variance
+    # of 0.02² / 2, and a side has four runs and two degrees of freedom.
+    scores, folds = np.array([0.5, 0.52, 0.8, 0.82]), list("1122")
+    sides = runs_of(scores, folds=folds, seeds=[0, 1, 0, 1]), runs_of(scores + 0.03, folds=folds, seeds=[2, 3, 2, 3])
+    assert difference(*sides).parts[0] == pytest.approx((2 * 0.0002 / 4, 4))
+    assert difference(runs_of([0.5]), runs_of([0.6, 0.8])).over_runs is False
+
+
+def test_what_recordings_move_in_all_runs_alike_is_added_to_the_scatter_of_runs():
+    # Two pairs of runs, three recordings. By hand: the differences are 0.1 and 0.3, their variance 0.02, of the mean
+    # 0.01. Each difference has the influences (a, -a, 0) and (b, 0, -b).
+    a, b = 0.06, 0.03
+    reference, other = runs_of([0.5, 0.5], np.zeros((3, 2))), runs_of([0.6, 0.8], [[a, b], [-a, 0], [0, -b]])
+    both = 3 / 2 * ((a + b) ** 2 + a**2 + b**2) / 4
+    apart = 3 / 2 * ((a - b) ** 2 + a**2 + b**2) / 4
+    found = difference(reference, other)
+    assert found.parts == [pytest.approx((0.01, 1)), pytest.approx((both - apart, 2))]
+    assert found.effect_size == pytest.approx(0.2 / 0.02**0.5 * (1 - 3 / (4 * 1 - 1)))
+    half = np.sqrt(0.01 * stats.t.ppf(0.9, 1) ** 2 + (both - apart) * stats.t.ppf(0.9, 2) ** 2)
+    assert found.interval(0.8) == pytest.approx((0.2 - half, 0.2 + half))
+    opposite = runs_of([0.6, 0.8], [[a, -a], [-a, a], [0, 0]])
+    assert difference(reference, opposite).parts[1][0] == 0  # nothing is moved alike
+
+
+def test_seeds_do_not_make_false_alarms():
+    options = Namespace(comparisons=100, score="accuracy")
+    bootstrap, hierarchical, *alarms, _, _ = map(float, rates(np.random.default_rng(0), 0.06, 1, 3, options)[3:])
+    assert bootstrap > 30 and hierarchical > 8 and max(alarms) < 8
+
+
+def animals(folder, wrong, clips=range(40), labels=("cat", "dog"), seed=None, **fields):
     """A run folder in which the classifier is wrong on the clips `wrong`; two clips a recording."""
-    labels = ["cat" if clip % 3 else "dog" for clip in clips]
-    swap = {"cat": "dog", "dog": "cat"}
-    predicted = [swap[label] if clip in wrong else label for clip, label in zip(clips, labels, strict=True)]
-    folder.mkdir(parents=True)
-    DataFrame(
-        {
-            "clip": [f"c{clip:02}" for clip in clips], "fold": "1", "group": [str(clip // 2) for clip in clips],
-            "label": labels, "predicted": predicted, "logits": [[0.0, 1.0]] * len(labels),
-        }
-    ).to_parquet(folder / "predictions.parquet", index=False)  # fmt: skip
-    accuracy = np.mean([label == guess for label, guess in zip(labels, predicted, strict=True)])
-    metrics = {
-        "dataset": "animals", "labels": ["cat", "dog"], "test": {"accuracy": accuracy}, "parameters": parameters,
-        "steps": 20, "train_steps_per_second": 20 / seconds,
-    }  # fmt: skip
-    (folder / "metrics.json").write_text(json.dumps(metrics | fields))
+    truth = [0 if clip % 3 else 1 for clip in clips]
+    logits = [np.eye(2)[label ^ (clip in wrong)] * 2 for clip, label in zip(clips, truth, strict=True)]
+    folder = write_run(folder, labels, clips, [("cat", "dog")[label] for label in truth], logits, **fields)
+    if seed is not None:
+        (folder / "config.yaml").write_text(f"seed: {seed}\nloss: auto\n")
     return folder
 
 
-def run(*arguments):
-    compare.main([str(argument) for argument in arguments])
+def compare(*arguments):
+    main([str(argument) for argument in arguments])
 
 
-def test_two_runs_leave_a_table_a_page_and_a_picture(tmp_path, capsys):
-    baseline = write_run(tmp_path / "base", wrong=range(0, 24))
-    dendritic = write_run(tmp_path / "dend", wrong=range(0, 6), parameters=1055, seconds=15.0)
-    run(baseline, dendritic, "--output", tmp_path / "out")
-    printed = capsys.readouterr().out
+def test_two_runs_leave_tables_a_page_and_a_picture(tmp_path, capsys):
+    baseline = animals(tmp_path / "base", wrong=range(0, 24))
+    dendritic = animals(tmp_path / "dend", wrong=range(0, 6), parameters=1055, train_steps_per_second=1.6)
+    compare(baseline, dendritic, "--output", tmp_path / "out")
+    printed, page = capsys.readouterr().out, (tmp_path / "out" / "comparison.md").read_text()
     for row in (
-        "| accuracy                 | 0.4000     | 0.8500    | +45.00 points",
-        "| errors a run             | 24.0 of 40 | 6.0 of 40 | 75.0 % error reduction",
-        "| clips it alone has right | 0          | 18        | McNemar's exact p = 7.6e-06",
-        "| parameters               | 1,000      | 1,055     | +5.50 %",
-        "| seconds a step           | 0.5000     | 0.7500    | × 1.500",
+        "| side      | runs | accuracy | macro_f1 | mAP    | steps | parameters      | seconds a step   |",
+        "| baseline  | 1    | 0.4000   |",
+        "| 20    | 1,055 (× 1.055) | 0.6250 (× 1.250) |",
+        "| dendritic        | accuracy | +45.00 | +2",
+        "| 75.0 %",
     ):
-        assert row in printed
-    assert "Dendrites raise the accuracy: +45.00 points of accuracy (95 % interval +2" in printed
-    page = (tmp_path / "out" / "comparison.md").read_text()
+        assert row in printed and row in page
+    assert "These two models differ: `dendritic` has +45.00 points of accuracy (95 % interval +2" in printed
+    assert "over recordings, p = " in printed and "Other seeds may give another difference." in printed
     assert "40 test clips of 20 source recordings" in page and str(dendritic) in page
-    assert all(line in page for line in printed.splitlines() if line.startswith("|"))
+    assert "`baseline` alone has 0 clips right, `dendritic` alone 18: McNemar's exact p = 7.6e-06" in page
     picture = imread(tmp_path / "out" / "comparison.png")
     assert min(picture.shape[:2]) > 300 and picture.std() > 0.05
 
 
 def test_the_numbers_lie_in_both_run_folders_for_their_cards(tmp_path):
-    baseline, dendritic = write_run(tmp_path / "base", wrong=range(24)), write_run(tmp_path / "dend", wrong=range(6))
-    run(baseline, dendritic)
+    baseline, dendritic = animals(tmp_path / "base", wrong=range(24)), animals(tmp_path / "dend", wrong=range(6))
+    compare(baseline, dendritic)
     found = json.loads((dendritic / "comparison.json").read_text())
     assert found == json.loads((baseline / "comparison.json").read_text())
-    assert found["baseline"]["accuracy"] == 0.4 and found["dendritic"]["runs"] == ["dend"]
-    assert found["error_reduction_percent"] == pytest.approx(75) and found["significant"] is True
-    assert found["verdict"].startswith("Dendrites raise the accuracy")
+    assert found["sides"][0]["accuracy"]["mean"] == 0.4 and found["sides"][1]["runs"] == ["dend"]
+    assert found["sides"][1]["error_reduction_percent"] == pytest.approx(75)
+
+
+def test_any_number_of_sides_is_compared_with_the_first(tmp_path, capsys):
+    wrong = {
+        "plain": [range(0, 16), range(1, 17), range(0, 18)],
+        "wide": [range(1, 17), range(0, 16), range(2, 19)],
+        "dendrites": [range(0, 4), range(0, 5), range(2, 5)],
+    }
+    sides = {
+        name: [
+            animals(tmp_path / f"{name}-{seed}", one, seed=seed, multiply_adds=10**6, parameters=1000 + 10 * seed)
+            for seed, one in enumerate(runs)
+        ]
+        for name, runs in wrong.items()
+    }
+    compare(*(word for name, runs in sides.items() for word in ("--side", name, *runs)), "--output", tmp_path / "out")
+    printed = capsys.readouterr().out
+    plain, wide, dendrites = json.loads((tmp_path / "out" / "comparison.json").read_text())["sides"]
+    assert "`dendrites` raises the accuracy of `plain`: +31.67 points of accuracy (95 % interval" in printed
+    assert "over runs and recordings" in printed and "corrected for 2 comparisons" in printed
+    assert "`wide` does not change the accuracy of `plain` significantly: +0.83 points" in printed
+    assert plain["accuracy"] == {"mean": pytest.approx(0.5833, abs=1e-4), "deviation": pytest.approx(0.0289, abs=1e-4)}
+    assert plain["seeds"] == [0, 1, 2] and wide["accuracy"]["p"] > 0.3 and dendrites["accuracy"]["effect_size"] > 3
+    compare("--side", "plain", *sides["plain"], "--side", "dendrites", *sides["dendrites"])
+    alone = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["sides"][1]["accuracy"]
+    assert dendrites["accuracy"]["p"] == pytest.approx(2 * alone["p"])  # the smaller of two p
+    assert dendrites["accuracy"]["low"] < alone["low"] and dendrites["accuracy"]["difference"] == alone["difference"]
+    rows = pandas.read_csv(tmp_path / "out" / "comparison.csv")
+    assert rows["name"].tolist() == list(wrong) and rows["accuracy.mean"][2] == dendrites["accuracy"]["mean"]
+    assert rows["multiply_adds"].tolist() == [1e6] * 3 and rows["parameters"].tolist() == [1010] * 3
+    assert {"macro_f1.deviation", "mAP.low", "mAP.effect_size", "error_reduction_percent", "steps"} <= set(rows)
+    assert not list(tmp_path.glob("plain-*/comparison.json"))
+
+
+def test_folds_and_seeds_are_put_together(tmp_path, capsys):
+    sides = {"plain": {0, 1, 21}, "dendritic": {1}}
+    for name, wrong in sides.items():
+        runs = [(seed, fold) for seed in (0, 1) for fold in (range(0, 20), range(20, 40))]
+        sides[name] = [animals(tmp_path / f"{name}-{seed}-{fold.start}", wrong, fold, seed=seed) for seed, fold in runs]
+    write_comparison(sides, tmp_path)
+    printed = capsys.readouterr().out
+    assert "| plain     | 4    | 0.9250 ± 0.0289 |" in printed and "| dendritic | 4    | 0.9750 ± 0.0289 |" in printed
 
 
 def test_unequal_trainings_are_part_of_the_verdict(tmp_path, capsys):
-    run(write_run(tmp_path / "base", wrong={1}), write_run(tmp_path / "dend", wrong={2}, steps=30))
-    assert "Not the same training: the baseline took 20 steps, the dendritic model 30." in capsys.readouterr().out
-
-
-def test_a_run_that_took_no_step_since_it_was_resumed_has_no_step_time(tmp_path, capsys):
-    run(write_run(tmp_path / "base", wrong={1}), write_run(tmp_path / "dend", wrong={2}, train_steps_per_second=0))
-    assert "seconds a step" not in capsys.readouterr().out
-    assert json.loads((tmp_path / "dend" / "comparison.json").read_text())["step_time_ratio"] is None
+    compare(animals(tmp_path / "base", {1}), animals(tmp_path / "dend", {2}, steps=30, train_steps_per_second=0))
+    printed = capsys.readouterr().out
+    assert "The trainings are not the same: `baseline` took 20 steps, `dendritic` took 30." in printed
+    assert "seconds a step" not in printed  # it took none since it was resumed
 
 
 def test_a_difference_that_is_not_significant_is_called_so(tmp_path, capsys):
-    run(write_run(tmp_path / "base", wrong={1, 5, 9, 30}), write_run(tmp_path / "dend", wrong={1, 5, 12}))
-    assert "The difference is not significant: +2.50 points" in capsys.readouterr().out
+    compare(animals(tmp_path / "base", {1, 5, 9, 30}), animals(tmp_path / "dend", {1, 5, 12}))
+    assert "These two models do not differ significantly: `dendritic` has +2.50 points" in capsys.readouterr().out
     assert (tmp_path / "dend" / "comparison.md").exists()  # the default folder
 
 
 def test_many_clips_of_few_recordings_are_not_significant(tmp_path, capsys):
-    # 8 clips won and none lost, but in 4 clips of each of 2 recordings … of which the bootstrap sees only 3.
-    groups = DataFrame({"group": ["a"] * 4 + ["b"] * 4 + ["c"] * 32})
-    sides = [write_run(tmp_path / "base", wrong=range(8)), write_run(tmp_path / "dend", wrong=())]
-    for folder in sides:
-        table = compare.pandas.read_parquet(folder / "predictions.parquet")
-        table.assign(group=groups["group"]).to_parquet(folder / "predictions.parquet", index=False)
-    run(*sides)
-    assert "not significant, McNemar's test says otherwise but the interval does not" in capsys.readouterr().out
+    # 8 clips won and none lost, but in 4 clips of each of 2 recordings of 12.
+    folders = [animals(tmp_path / "base", range(8)), animals(tmp_path / "dend", ())]
+    for folder in folders:
+        table = pandas.read_parquet(folder / "predictions.parquet")
+        table.assign(group=[f"{row // 4}" for row in range(40)]).to_parquet(folder / "predictions.parquet", index=False)
+    compare(*folders)
+    assert "do not differ significantly" in capsys.readouterr().out
 
 
 def test_dendrites_that_harm_are_said_to(tmp_path, capsys):
-    run(write_run(tmp_path / "base", wrong=()), write_run(tmp_path / "dend", wrong=range(0, 24)))
+    plain = [animals(tmp_path / f"plain-{seed}", range(seed)) for seed in (0, 1)]
+    harmed = [animals(tmp_path / f"dendrites-{seed}", range(24 + seed)) for seed in (0, 1)]
+    sides = {"plain": plain, "dendrites": harmed}
+    write_comparison(sides, tmp_path)
     printed = capsys.readouterr().out
-    assert "Dendrites lower the accuracy: -60.00 points" in printed and "no errors to reduce" in printed
-
-
-def test_sets_of_runs_pool_seeds_and_folds(tmp_path, capsys):
-    folds = [range(0, 20), range(20, 40)]
-    sides = {"--baseline": {0, 1, 21}, "--dendritic": {1}}
-    arguments = []
-    for side, wrong in sides.items():
-        arguments.append(side)
-        for seed in (0, 1):
-            for fold in folds:
-                arguments.append(write_run(tmp_path / f"{side}-{seed}-{fold.start}", wrong=wrong, clips=fold))
-    run(*arguments, "--output", tmp_path)
-    printed = capsys.readouterr().out
-    assert "| runs                     | 4                | 4" in printed
-    assert "| accuracy of the runs     | 0.9000 to 0.9500 | 0.9500 to 1.0000 |" in printed
-    assert "| clips it alone has right | 0                | 2 " in printed  # clips, not clips times seeds
+    assert "`dendrites` lowers the accuracy of `plain`: -60.00 points" in printed
 
 
 @pytest.mark.parametrize(
-    ("dendritic", "message"),
+    ("changes", "message"),
     [
-        ({"dataset": "birds"}, "dataset: .*base was tested on animals, .*dend on birds"),
-        ({"labels": ["dog", "cat"]}, "labels: .*base was tested on"),
-        ({"clips": range(38)}, r"dend did not test 2 clips \(c38, c39\)"),
-        ({"clips": range(45)}, r"base did not test 5 clips \(c40, c41, c42, …\)"),
+        ({"dataset": "birds"}, "dataset: the runs must have the same, got animals in .*base and birds in .*dend"),
+        ({"labels": ["dog", "cat"]}, "labels: the runs must have the same"),
+        ({"clips": range(38)}, r"dendritic did not test 2 clips \(c38, c39\)"),
+        ({"clips": range(45)}, r"baseline did not test 5 clips \(c40, c41, c42, …\)"),
     ],
 )
-def test_runs_that_cannot_be_compared_say_why(tmp_path, dendritic, message):
-    write_run(tmp_path / "base", wrong=())
-    write_run(tmp_path / "dend", wrong=(), **dendritic)
+def test_runs_that_cannot_be_compared_say_why(tmp_path, changes, message):
+    folders = [animals(tmp_path / "base", ()), animals(tmp_path / "dend", (), **changes)]
     with pytest.raises(UserError, match=message):
-        run(tmp_path / "base", tmp_path / "dend")
+        compare(*folders)
     assert not (tmp_path / "dend" / "comparison.md").exists()
 
 
+def test_sides_that_cannot_be_compared_say_why(tmp_path):
+    one, half = animals(tmp_path / "one", ()), animals(tmp_path / "half", (), clips=range(20))
+    with pytest.raises(UserError, match="a run must stand in one side, once, got .*one more than once"):
+        write_comparison({"a": [one], "b": [one]}, tmp_path)
+    with pytest.raises(UserError, match="a: all clips must have 2 runs, got fewer for 20 clips"):
+        write_comparison({"a": [one, half], "b": [one]}, tmp_path)
+    few = [animals(tmp_path / name, (), clips=range(2)) for name in ("two", "three")]
+    with pytest.raises(UserError, match="two source recordings or more, got one"):
+        compare(*few)
+
+
 def test_a_folder_that_is_no_finished_run_says_so(tmp_path):
-    base = write_run(tmp_path / "base", wrong=())
+    base = animals(tmp_path / "base", wrong=())
     for missing in ("metrics.json", "predictions.parquet"):
-        broken = write_run(tmp_path / missing, wrong=())
+        broken = animals(tmp_path / missing, wrong=())
         (broken / missing).unlink()
         with pytest.raises(UserError, match=f"has no {missing}: it is no run folder, or its run has not finished"):
-            run(base, broken)
-    old = write_run(tmp_path / "old", wrong=())
-    table = compare.pandas.read_parquet(old / "predictions.parquet")
+            compare(base, broken)
+    old = animals(tmp_path / "old", wrong=())
+    table = pandas.read_parquet(old / "predictions.parquet")
     table.drop(columns="group").to_parquet(old / "predictions.parquet")
     with pytest.raises(UserError, match="old/predictions.parquet has no column 'group'.*train again"):
-        run(base, old)
-
-
-def test_runs_of_one_side_that_do_not_fit_together_say_why(tmp_path):
-    one = write_run(tmp_path / "one", wrong=())
-    two = write_run(tmp_path / "two", wrong=(), clips=range(20))
-    with pytest.raises(UserError, match="as many runs for every clip, but most have 2 and 1 tested 20 clips"):
-        run("--baseline", one, two, "--dendritic", one)
+        compare(base, old)
 
 
 def test_the_command_line_is_checked(capsys):
-    for arguments in ([], ["one"], ["--baseline", "one"], ["one", "two", "--baseline", "three"]):
+    for line in (
+        "",
+        "one",
+        "--side a one",
+        "one two --side b three",
+        "--side a one --side a two",
+        "--side a --side b x",
+    ):
         with pytest.raises(SystemExit):
-            run(*arguments)
-        assert "wanted two run folders, BASELINE DENDRITIC, or both" in capsys.readouterr().err
+            compare(*line.split())
+        assert "expected two run folders, or --side NAME RUN" in capsys.readouterr().err
     answer = subprocess.run([sys.executable, ROOT / "compare.py", "one", "two"], capture_output=True, text=True)
     assert answer.returncode == 1 and answer.stderr.startswith("error: one has no metrics.json")
+    with pytest.raises(SystemExit):
+        compare("--help")
+    assert "python compare.py --side plain RUN ... --side wide RUN" in capsys.readouterr().out

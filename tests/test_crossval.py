@@ -42,7 +42,9 @@ def test_every_fold_is_tested_once_and_a_finished_run_is_kept(recipe, tmp_path, 
     found = json.loads((tmp_path / "runs" / "crossval.json").read_text())["baseline"]
     accuracies = [run["test"]["accuracy"] for run in runs]
     assert found["mean"]["accuracy"] == pytest.approx(sum(accuracies) / 3)
+    assert found["pooled"].keys() == {"accuracy", "macro_f1"}  # logits of other runs are on other scales
     assert found["pooled"]["accuracy"] == (clips["label"] == clips["predicted"]).mean()
+    assert found["mean"]["mAP"] == pytest.approx(sum(run["test"]["mAP"] for run in runs) / 3)
     written = [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders]
     capsys.readouterr()
     crossval.main([recipe()])
@@ -93,9 +95,10 @@ def test_with_last_all_other_folds_train_and_none_chooses(recipe, tmp_path):
 def test_with_a_baseline_both_sides_are_compared_over_all_runs(recipe, tmp_path, capsys):
     path = recipe(baseline=True, pai={"max_dendrites": 1, "schedule": "every", "stop_when_complete": False})
     crossval.main([path, "--folds", "1", "--seeds", "1", "2"])
-    assert "| runs                     | 2" in capsys.readouterr().out
+    assert "| baseline  | 2    |" in capsys.readouterr().out
     page = json.loads((tmp_path / "runs" / "comparison.json").read_text())
-    assert page["dendritic"]["runs"] == ["fold-1-seed-1", "fold-1-seed-2"] and page["clips"] == 8
+    assert page["sides"][1]["runs"] == ["fold-1-seed-1", "fold-1-seed-2"] and page["clips"] == 8
+    assert page["sides"][1]["seeds"] == [1, 2] and page["sides"][1]["over_runs"]
     assert set(json.loads((tmp_path / "runs" / "crossval.json").read_text())) == {"baseline", "dendritic"}
 
 

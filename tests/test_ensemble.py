@@ -7,39 +7,26 @@ import sys
 import numpy as np
 import pandas
 import pytest
-from conftest import ROOT
-from pandas import DataFrame
+from conftest import ROOT, write_run
 from scipy.special import expit, softmax
 from sklearn.metrics import average_precision_score
 
-import compare
 import ensemble
 from audio_dendrites.errors import UserError
+from audio_dendrites.results.comparison import write_comparison
 
 LABELS = ["cat", "dog", "owl"]
 CLIPS = 30
 TRUTH = np.arange(CLIPS) % 3
 
 
-def write_run(folder, seed, strength=1.5, order=None, drop=0, **fields):
-    """A run folder whose logits are the truth in noise; two clips a recording. Gives its logits by clip."""
+def noisy_run(folder, seed, order=range(CLIPS), **fields):
+    """A run folder whose logits are the truth in noise. Returns its logits by clip."""
     logits = np.random.default_rng(seed).normal(size=(CLIPS, 3)).astype(np.float32)
-    logits[np.arange(CLIPS), TRUTH] += strength
-    rows = (np.arange(CLIPS) if order is None else np.asarray(order))[: CLIPS - drop]
-    folder.mkdir(parents=True)
-    DataFrame(
-        {
-            "clip": [f"c{row:02}" for row in rows], "fold": "1", "group": [str(row // 2) for row in rows],
-            "label": [LABELS[TRUTH[row]] for row in rows], "predicted": [LABELS[i] for i in logits[rows].argmax(1)],
-            "logits": list(logits[rows]),
-        }
-    ).to_parquet(folder / "predictions.parquet", index=False)  # fmt: skip
-    accuracy = float((logits[rows].argmax(1) == TRUTH[rows]).mean())
-    metrics = {
-        "dataset": "animals", "labels": LABELS, "test": {"accuracy": accuracy}, "parameters": 1000 + seed,
-        "steps": 20, "train_steps_per_second": 2.0,
-    }  # fmt: skip
-    (folder / "metrics.json").write_text(json.dumps(metrics | fields))
+    logits[np.arange(CLIPS), TRUTH] += 1.5
+    rows = np.asarray(order)
+    truth = [LABELS[TRUTH[row]] for row in rows]
+    write_run(folder, LABELS, rows, truth, logits[rows], **{"parameters": 1000 + seed} | fields)
     return logits
 
 
@@ -60,7 +47,7 @@ def test_the_mean_of_probabilities_by_hand():
 def test_an_ensemble_leaves_a_table_and_a_folder_that_compare_takes(tmp_path, capsys):
     shuffled = np.random.default_rng(9).permutation(CLIPS)
     folders = [tmp_path / f"seed-{seed}" for seed in range(3)]
-    logits = [write_run(folder, seed, order=shuffled if seed == 1 else None) for seed, folder in enumerate(folders)]
+    logits = [noisy_run(folder, seed, shuffled if seed == 1 else range(CLIPS)) for seed, folder in enumerate(folders)]
     run(*folders)
     mean = np.mean([softmax(one, axis=1) for one in logits], axis=0)
     accuracy = (mean.argmax(1) == TRUTH).mean()
@@ -77,21 +64,21 @@ def test_an_ensemble_leaves_a_table_and_a_folder_that_compare_takes(tmp_path, ca
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["test"]["accuracy"] == accuracy > max((one.argmax(1) == TRUTH).mean() for one in logits)
     assert metrics["parameters"] == 3003 and metrics["test"]["mAP"] > 0.5 and metrics["members"][2] == "seed-2"
-    compare.main([str(folders[0]), str(out), "--output", str(tmp_path / "compared")])
-    assert f"| {accuracy:.4f} " in capsys.readouterr().out
+    write_comparison({"one": folders[:1], "all": [out]}, tmp_path / "compared")
+    assert f"| all  | 1    | {accuracy:.4f} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dataset": "birds"}, "dataset: .*one was tested on animals, .*two on birds"),
-        ({"labels": LABELS[::-1]}, "labels: .*one was tested on"),
-        ({"drop": 2}, r"two did not test 2 clips \(c28, c29\)"),
+        ({"dataset": "birds"}, "dataset: the runs must have the same, got animals in .*one and birds in .*two"),
+        ({"labels": LABELS[::-1]}, "labels: the runs must have the same"),
+        ({"order": range(CLIPS - 2)}, r"two did not test 2 clips \(c28, c29\)"),
     ],
 )
 def test_runs_of_other_tests_are_refused(tmp_path, fields, message):
-    write_run(tmp_path / "one", 0)
-    write_run(tmp_path / "two", 1, **fields)
+    noisy_run(tmp_path / "one", 0)
+    noisy_run(tmp_path / "two", 1, **fields)
     with pytest.raises(UserError, match=message):
         run(tmp_path / "one", tmp_path / "two")
     assert not (tmp_path / "ensemble").exists()
@@ -100,7 +87,7 @@ def test_runs_of_other_tests_are_refused(tmp_path, fields, message):
 def test_an_ensemble_of_multi_label_runs_has_the_mean_of_their_sigmoids(tmp_path, capsys):
     logits = []
     for seed in (0, 1):
-        logits.append(write_run(tmp_path / str(seed), seed, test={"mAP": 0.5}))
+        logits.append(noisy_run(tmp_path / str(seed), seed))
         path = tmp_path / str(seed) / "predictions.parquet"
         table = pandas.read_parquet(path)
         table.assign(label=[[label, "cat"] if label == "owl" else [label] for label in table["label"]]).to_parquet(path)
@@ -113,13 +100,25 @@ def test_an_ensemble_of_multi_label_runs_has_the_mean_of_their_sigmoids(tmp_path
     metrics = json.loads((tmp_path / "both" / "metrics.json").read_text())
     assert metrics["test"]["mAP"] == pytest.approx(average_precision_score(references, mean))
     assert "accuracy" not in capsys.readouterr().out
-    far = ensemble.mean_logits(np.array([[[2000.0, -2000.0]], [[2000.0, -1000.0]]]), multi_label=True)
+    far = ensemble.mean_logits(np.array([[[2000.0, -2000.0]], [[2000.0, -1000.0]]]), loss="bce")
     assert np.isfinite(far).all()
+
+
+def test_an_ensemble_of_single_label_runs_has_the_probabilities_of_their_loss(tmp_path):
+    logits = [noisy_run(tmp_path / str(seed), seed, loss="bce") for seed in (0, 1)]
+    run(tmp_path / "0", tmp_path / "1")
+    found = np.stack(pandas.read_parquet(tmp_path / "ensemble" / "predictions.parquet")["logits"])
+    assert expit(found) == pytest.approx(expit(np.stack(logits)).mean(0), abs=1e-6)
+    metrics = json.loads((tmp_path / "ensemble" / "metrics.json").read_text())
+    assert metrics["loss"] == "bce" and metrics["test"]["mAP"] == average_precision_score(np.eye(3)[TRUTH], found)
+    noisy_run(tmp_path / "2", 2)
+    with pytest.raises(UserError, match="loss: the runs must have the same, got bce in .* and cross_entropy"):
+        run(tmp_path / "0", tmp_path / "2")
 
 
 def test_labels_that_differ_by_clip_are_refused(tmp_path):
     for seed in (0, 1):
-        write_run(tmp_path / str(seed), seed)
+        noisy_run(tmp_path / str(seed), seed)
     table = pandas.read_parquet(tmp_path / "1" / "predictions.parquet")
     table.loc[3, "label"] = "dog"
     table.to_parquet(tmp_path / "1" / "predictions.parquet")
@@ -128,11 +127,11 @@ def test_labels_that_differ_by_clip_are_refused(tmp_path):
 
 
 def test_one_run_is_no_ensemble_and_no_run_is_overwritten(tmp_path):
-    write_run(tmp_path / "one", 0)
-    write_run(tmp_path / "two", 1)
-    with pytest.raises(UserError, match="one; wanted two run folders or more"):
+    noisy_run(tmp_path / "one", 0)
+    noisy_run(tmp_path / "two", 1)
+    with pytest.raises(UserError, match="two folders or more, each named once, got .*one$"):
         run(tmp_path / "one")
-    with pytest.raises(UserError, match="wanted two run folders or more, no one twice"):
+    with pytest.raises(UserError, match="each named once, got .*one, .*two, .*one"):
         run(tmp_path / "one", tmp_path / "two", tmp_path / "one")
     (tmp_path / "two" / "config.yaml").touch()
     with pytest.raises(UserError, match="two is the folder of a run; choose another --output"):

@@ -68,19 +68,29 @@ RECIPE = {
     "seed": 7,
     "time_mask": 0,
 }
+BASE, DEND = (
+    {
+        "name": name, "runs": [name[:4]], "seeds": [7], "accuracy": {"mean": accuracy, "deviation": None},
+        "parameters": parameters, "multiply_adds": None, "steps": [70], "seconds_a_step": seconds,
+    }
+    for name, accuracy, parameters, seconds in (("baseline", 0.5, 1000000, 0.5), ("dendritic", 0.75, 1234567, 0.6))
+)  # fmt: skip
+DIFFERENCE = {"difference": 0.25, "low": -0.25, "high": 0.75, "p": 0.25, "effect_size": None}
 COMPARISON = {
     "dataset": "synthetic",
     "clips": 4,
-    "baseline": {"runs": ["base"], "accuracy": 0.5, "parameters": 1000000, "steps": [70], "seconds_a_step": 0.5},
-    "dendritic": {"runs": ["dend"], "accuracy": 0.75, "parameters": 1234567, "steps": [70], "seconds_a_step": 0.6},
-    "error_reduction_percent": 50.0,
-    "parameters_added_percent": 23.4567,
-    "step_time_ratio": 1.2,
-    "p": 1.0,
-    "interval": [-0.25, 0.75],
-    "significant": False,
-    "verdict": "The difference is not significant: +25.00 points of accuracy.",
-}  # fmt: skip
+    "recordings": 3,
+    "scores": ["accuracy"],
+    "sides": [
+        BASE,
+        DEND
+        | {
+            "accuracy": DEND["accuracy"] | DIFFERENCE,
+            "error_reduction_percent": 50.0,
+            "verdict": "These two models do not differ significantly: `dendritic` has +25.00 points of accuracy.",
+        },
+    ],
+}
 DENDRITES = {
     "layers": {"classifier.dense": 1, "layers.1.mlp.fc1": 2},
     "activation": "sigmoid",
@@ -197,17 +207,15 @@ def test_the_card_of_a_multi_label_pair_has_no_accuracy_and_no_test_of_right_cli
     per_class = {"cat": {"average_precision": 0.8, "positives": 2}, "dog": {"average_precision": 1.0, "positives": 3}}
     metrics = METRICS | {"test": {"mAP": 0.9, "clips": 4, "per_class": per_class, "folds": ["10"]}}
     metrics |= {"validation": {"mAP": 0.8, "clips": 4, "folds": ["9"]}, "dendrites": DENDRITES}
-    comparison = without(COMPARISON, "p", "error_reduction_percent") | {
-        side: without(COMPARISON[side], "accuracy") | {"mAP": score}
-        for side, score in (("baseline", 0.65), ("dendritic", 0.9))
-    }
+    base, dend = (without(side, "accuracy", "error_reduction_percent") for side in COMPARISON["sides"])
+    base["mAP"], dend["mAP"] = {"mean": 0.65, "deviation": None}, {"mean": 0.9, "deviation": None} | DIFFERENCE
+    comparison = COMPARISON | {"scores": ["mAP"], "sides": [base, dend]}
     card = ModelCard(model_card(metrics, RECIPE, TEMPLATE, "me/x", {"comparison.png"}, comparison))
     beside = card.content.split("## Beside")[1].split("## ")[0]
-    assert "| mAP            | 0.6500    | 0.9000    |" in beside and "- test clips: 4\n- added parameters" in beside
-    assert "the difference is significant where it excludes 0." in beside
-    assert "![Difference and average precision by class](comparison.png)" in beside
-    for word in ("McNemar", "rror reduction", "accuracy |", "errors"):
-        assert word not in beside
+    assert "| dendritic | 1    | 0.9000 | 70    | 1,234,567 (× 1.235) |" in beside
+    assert "| dendritic        | mAP   | +25.00 | -25.00 to +75.00 |" in beside
+    assert "tested on 4 clips of 3 source recordings" in beside and "](comparison.png)" in beside
+    assert "accuracy |" not in beside
 
 
 def test_the_card_says_how_the_clips_were_divided_and_what_chose_the_weights():
@@ -222,11 +230,11 @@ def test_the_card_says_how_the_clips_were_divided_and_what_chose_the_weights():
 
 
 def test_figures_that_were_not_measured_are_left_out():
-    comparison = copy.deepcopy(COMPARISON) | {"step_time_ratio": None, "error_reduction_percent": None}
-    comparison["baseline"]["seconds_a_step"] = None
+    comparison = copy.deepcopy(COMPARISON)
+    comparison["sides"][0]["seconds_a_step"] = comparison["sides"][1]["error_reduction_percent"] = None
     card = model_card(without(METRICS, "train_runtime"), RECIPE, TEMPLATE, "me/x", set(), comparison)
     assert "nan" not in card.lower().replace("finance", "") and "None" not in card and ".png" not in card
-    assert "seconds a step" not in card and " min" not in card and "the baseline makes no errors" in card
+    assert "seconds a step" not in card and " min" not in card and "50.0 %" not in card
 
 
 @pytest.mark.parametrize(
@@ -316,6 +324,9 @@ def test_an_older_run_folder_says_by_its_paths_what_is_local(tmp_path):
     metrics, recipe, comparison = read_reports(tmp_path)
     assert metrics["local"] == ["dataset"] and metrics["dataset"] == recipe["dataset"] == tmp_path.name
     assert comparison is None
+    (tmp_path / "comparison.json").write_text(json.dumps({"baseline": {"runs": ["a"]}}))
+    with pytest.raises(PublishError, match="comparison.json must list `sides`.*compare the runs again"):
+        read_reports(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ import pandas
 import pytest
 import torch
 import yaml
-from conftest import TINY_AST, TINY_CNN14, TONES
+from conftest import TINY_AST, TINY_CNN14, TONES, write_run
 from matplotlib.image import imread
 from pandas import DataFrame, Series
-from sklearn.metrics import average_precision_score
+from scipy.stats import norm
+from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import pipeline
 from transformers.trainer_utils import EvalPrediction
 
-import compare
 import crossval
 import train
 from audio_dendrites.data.clips import load_clips
@@ -23,6 +23,8 @@ from audio_dendrites.data.splits import class_names, drawn_splits, encode_labels
 from audio_dendrites.errors import UserError
 from audio_dendrites.publishing.content import outgoing
 from audio_dendrites.recipes import DataArguments, RunArguments, parse_recipe
+from audio_dendrites.results.comparison import main as compare
+from audio_dendrites.results.comparison import write_comparison
 from audio_dendrites.results.metrics import compute_metrics
 from audio_dendrites.results.scores import score
 from audio_dendrites.results.tables import scores_table
@@ -109,16 +111,20 @@ def test_mixup_mixes_vectors_of_labels(collator):
     assert torch.isclose(mixed[1, 0] + mixed[1, 2], torch.tensor(1.0)) and mixed[1, 0] == mixed[1, 1]
 
 
-def test_mean_average_precision_is_that_of_scikit_learn_over_the_classes_that_occur():
+def test_mean_average_precision_and_auc_are_those_of_scikit_learn_over_the_classes_that_occur():
     random = np.random.default_rng(0)
     scores, references = random.standard_normal((50, 5)).astype(np.float32), random.random((50, 5)) > 0.7
     references[:, 3] = False
-    there = [0, 1, 2, 4]
+    scores = scores.round(1)  # some are equal
     found = compute_metrics(EvalPrediction(scores, references.astype(np.float32)))
-    sigmoids = 1 / (1 + np.exp(-scores.astype(float)))
-    assert found == {
-        "mAP": pytest.approx(average_precision_score(references[:, there], sigmoids[:, there], average="macro"))
-    }
+    sigmoids, there = 1 / (1 + np.exp(-scores.astype(float))), [0, 1, 2, 4]
+    truth, sigmoids = references[:, there], sigmoids[:, there]
+    auc = roc_auc_score(truth, sigmoids)
+    assert found == pytest.approx(
+        {"mAP": average_precision_score(truth, sigmoids), "AUC": auc, "d_prime": 2**0.5 * norm.ppf(auc)}
+    )
+    perfect = compute_metrics(EvalPrediction(references.astype(np.float32), references.astype(np.float32)))
+    assert perfect["AUC"] == 1 and 6 < perfect["d_prime"] < 7
 
 
 @pytest.fixture
@@ -143,7 +149,8 @@ def test_a_multi_label_run_ends_with_a_model_whose_pipeline_gives_sigmoids(recip
     assert [list(found) for found in predictions["predicted"]] == [
         [name for name, logit in zip(("high", "low"), row, strict=True) if logit > 0] for row in logits
     ]
-    assert metrics["test"].keys() == {"mAP", "clips", "per_class", "folds"} and metrics["chosen_by"] == "mAP"
+    assert metrics["test"].keys() == {"mAP", "AUC", "d_prime", "clips", "per_class", "folds"}
+    assert metrics["chosen_by"] == "mAP"
     truth = np.array([["high" in found, "low" in found] for found in predictions["label"]])
     assert metrics["test"]["mAP"] == pytest.approx(average_precision_score(truth, logits))
     assert metrics["test"]["per_class"]["low"]["positives"] == truth[:, 1].sum()
@@ -154,7 +161,8 @@ def test_a_multi_label_run_ends_with_a_model_whose_pipeline_gives_sigmoids(recip
     classify = pipeline("audio-classification", model=str(folder))
     assert classify.model.config.problem_type == "multi_label_classification"
     table, found, _ = crossval.summary([folder, folder])
-    assert found["mean"] == {"mAP": metrics["test"]["mAP"]} and "| mean " in table and "mAP" in scores_table(metrics)
+    assert found["mean"] == {name: metrics["test"][name] for name in ("mAP", "AUC", "d_prime")} and not found["pooled"]
+    assert "| mean " in table and "AUC" in scores_table(metrics)
 
 
 def test_one_class_against_the_rest_is_the_sigmoid_too(recipe, tmp_path, capsys):
@@ -166,6 +174,8 @@ def test_one_class_against_the_rest_is_the_sigmoid_too(recipe, tmp_path, capsys)
     )  # fmt: skip
     assert "Loaded by pipeline, scores within" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    predictions = pandas.read_parquet(tmp_path / "run" / "predictions.parquet")
+    assert metrics["test"] == score(predictions, ["high", "low"], "bce") | {"folds": ["3"]}
     assert "accuracy" in metrics["test"] and (tmp_path / "run" / "confusion_matrix.png").exists()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["problem_type"] == "multi_label_classification"
@@ -183,13 +193,14 @@ def test_a_multi_label_recipe_with_a_baseline_ends_with_a_comparison_by_mAP(reci
     folders = [tmp_path / "run_baseline", tmp_path / "run"]
     scores = [json.loads((folder / "metrics.json").read_text())["test"]["mAP"] for folder in folders]
     found = json.loads((folders[0] / "comparison.json").read_text())
-    assert [found["baseline"]["mAP"], found["dendritic"]["mAP"]] == pytest.approx(scores)
-    assert found["dendritic"]["parameters"] > found["baseline"]["parameters"] and "points of mAP (95 %" in printed
+    baseline, dendritic = found["sides"]
+    assert [side["mAP"]["mean"] for side in found["sides"]] == pytest.approx(scores)
+    assert dendritic["parameters"] > baseline["parameters"] and "points of mAP (95 %" in printed
     page = (folders[1] / "comparison.md").read_text()
-    assert f"| mAP             | {scores[0]:.4f} " in page and "8 test clips of 4 source recordings" in page
+    assert f"| baseline  | 1    | {scores[0]:.4f} " in page and "8 test clips of 4 source recordings" in page
     for folder in folders:
         card = (folder / "README.md").read_text()
-        assert found["verdict"] in card and "- test clips: 8" in card and "McNemar" not in card
+        assert dendritic["verdict"] in card and "8 clips of 4 source recordings" in card and "McNemar" not in card
         assert b'"mAP"' in outgoing(folder)["comparison.json"]
 
 
@@ -198,52 +209,35 @@ def test_cross_validation_compares_multi_label_runs_over_all_folds(recipe, tmp_p
     crossval.main([recipe, "--baseline", "true", "--pai", json.dumps(PAI), "--folds", "1", "2"])
     runs = [json.loads(path.read_text())["test"]["mAP"] for path in sorted(tmp_path.glob("run/*/metrics.json"))]
     found = json.loads((tmp_path / "run" / "comparison.json").read_text())
-    assert len(runs) == 4 and found["baseline"]["mAP"] == pytest.approx(np.mean(runs[1::2]))  # their names end longer
-    assert found["dendritic"]["mAP"] == pytest.approx(np.mean(runs[::2])) and found["clips"] == 16
-    assert "| runs            | 2 " in capsys.readouterr().out
+    baseline, dendritic = (side["mAP"]["mean"] for side in found["sides"])
+    assert len(runs) == 4 and baseline == pytest.approx(np.mean(runs[1::2]))  # their names end longer
+    assert dendritic == pytest.approx(np.mean(runs[::2])) and found["clips"] == 16
+    assert found["sides"][1]["over_runs"] and "| dendritic | 2 " in capsys.readouterr().out
 
 
 CLIPS = [["high"], ["low"], ["low", "high"], [], ["high"], ["low"]]  # two a source recording
 
 
-def write_run(folder, high, low, clips=range(6), **fields):
+def chord_run(folder, high, low, clips=range(6), **fields):
     """A run folder with these logits of the classes."""
-    folder.mkdir(parents=True)
-    labels = fields.pop("label", [CLIPS[clip] for clip in clips])
-    DataFrame(
-        {
-            "clip": [f"c{clip}" for clip in clips], "fold": "1", "group": [str(clip // 2) for clip in clips],
-            "label": labels, "predicted": [[]] * len(labels), "logits": list(np.float32([high, low]).T),
-        }
-    ).to_parquet(folder / "predictions.parquet", index=False)  # fmt: skip
-    metrics = {
-        "dataset": "chords", "labels": ["high", "low"], "test": {}, "parameters": 1000, "steps": 20,
-        "train_steps_per_second": 2.0,
-    }  # fmt: skip
-    (folder / "metrics.json").write_text(json.dumps(metrics | fields))
-    return str(folder)
+    truth = fields.pop("label", [CLIPS[clip] for clip in clips])
+    return write_run(folder, fields.pop("labels", ["high", "low"]), clips, truth, np.transpose([high, low]), **fields)
 
 
-def test_two_multi_label_runs_leave_a_table_a_page_and_a_picture(tmp_path, capsys):
+def test_two_multi_label_runs_are_compared_by_mAP_alone(tmp_path, capsys):
     # The baseline has the clips of high at ranks 1, 2 and 4, those of low at 1, 3 and 6, the other side at 1 to 3.
-    baseline = write_run(tmp_path / "base", high=[6, 4, 5, 2, 3, 1], low=[5, 6, 4, 3, 2, 1])
-    dendritic = write_run(tmp_path / "dend", high=[6, 1, 5, 2, 4, 3], low=[1, 6, 5, 2, 3, 4], parameters=1055)
-    compare.main([baseline, dendritic])
+    baseline = chord_run(tmp_path / "base", high=[6, 4, 5, 2, 3, 1], low=[5, 6, 4, 3, 2, 1])
+    dendritic = chord_run(tmp_path / "dend", high=[6, 1, 5, 2, 4, 3], low=[1, 6, 5, 2, 3, 4], parameters=1055)
+    compare([str(baseline), str(dendritic)])
     before = ((1 + 1 + 3 / 4) / 3 + (1 + 2 / 3 + 3 / 6) / 3) / 2
     printed, page = capsys.readouterr().out, (tmp_path / "dend" / "comparison.md").read_text()
-    found = json.loads((tmp_path / "base" / "comparison.json").read_text())
-    assert found["baseline"]["mAP"] == pytest.approx(before) and found["dendritic"]["mAP"] == 1
-    for row in (
-        "| mAP             | 0.8194   | 1.0000    | +18.06 points |",
-        "| mAP of the runs | 0.8194   | 1.0000    | ",
-        "| parameters      | 1,000    | 1,055     | +5.50 % ",
-    ):
+    sides = json.loads((tmp_path / "base" / "comparison.json").read_text())["sides"]
+    assert sides[0]["mAP"]["mean"] == pytest.approx(before) and sides[1]["mAP"]["mean"] == 1
+    for row in ("| baseline  | 1    | 0.8194 | 20 ", "| dendritic        | mAP   | +18.06 | "):
         assert row in printed and row in page
-    low_end, high_end = (100 * end for end in found["interval"])
-    assert f"points of mAP (95 % interval {low_end:+.2f} to {high_end:+.2f} by source recording)." in found["verdict"]
-    assert found["significant"] == (low_end > 0) and found["verdict"] in page and "interval excludes 0" in page
-    assert "6 test clips of 3 source recordings" in page and "both sides and all runs by\nthe same draw" in page
-    assert not {"p", "error_reduction_percent"} & found.keys() and "rror" not in page + printed
+    found = sides[1]["mAP"]
+    assert (found["low"] > 0) == (found["p"] < 0.05) and "points of mAP (95 % interval" in sides[1]["verdict"]
+    assert "accuracy" not in sides[1] and "McNemar" not in page
     picture = imread(tmp_path / "dend" / "comparison.png")
     assert min(picture.shape[:2]) > 300 and picture.std() > 0.05
 
@@ -253,46 +247,46 @@ def test_the_mAP_of_a_side_is_the_mean_of_its_runs_each_over_its_own_clips(tmp_p
     for fold in folds:
         for seed in (0, 1):
             logits = np.random.default_rng(seed).standard_normal((2, len(fold))) + 1000 * fold.start
-            sides["base"].append(write_run(tmp_path / f"base-{fold.start}-{seed}", *logits, clips=fold))
+            sides["base"].append(chord_run(tmp_path / f"base-{fold.start}-{seed}", *logits, clips=fold))
         right = [[name in CLIPS[clip] for clip in fold] for name in ("high", "low")]
         # Rightly ordered in each fold, but in another scale: of all clips together, they would not be.
         logits = np.array(right) - 1000.0 * fold.start
-        sides["dend"].append(write_run(tmp_path / f"dend-{fold.start}", *logits, clips=fold))
-    compare.main(["--baseline", *sides["base"], "--dendritic", *sides["dend"], "--output", str(tmp_path)])
-    found = json.loads((tmp_path / "comparison.json").read_text())
-    runs = [score(pandas.read_parquet(f"{folder}/predictions.parquet"), ["high", "low"]) for folder in sides["base"]]
-    assert found["baseline"]["mAP"] == pytest.approx(np.mean([run["mAP"] for run in runs]))
-    assert found["dendritic"]["mAP"] == 1 and found["interval"][0] >= 0
+        sides["dend"].append(chord_run(tmp_path / f"dend-{fold.start}", *logits, clips=fold))
+    write_comparison(sides, tmp_path)
+    base, dend = json.loads((tmp_path / "comparison.json").read_text())["sides"]
+    runs = [json.loads((folder / "metrics.json").read_text())["test"]["mAP"] for folder in sides["base"]]
+    assert base["mAP"]["mean"] == pytest.approx(np.mean(runs)) and dend["mAP"]["mean"] == 1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label": [["high"], ["low"], ["high"], [], ["high"], ["low"]]}, r"differ in the label of 1 clips \(c2\)"),
+        ({"label": [["high"], ["low"], ["high"], [], ["high"], ["low"]]}, r"differ in the label of 1 clips \(c02\)"),
         ({"label": ["high", "low", "high", "low", "high", "low"]}, "differ in the label of 6 clips"),
-        ({"labels": ["low", "high"]}, "labels: .*base was tested on"),
+        ({"labels": ["low", "high"]}, "labels: the runs must have the same"),
     ],
 )
 def test_multi_label_runs_that_cannot_be_compared_say_why(tmp_path, changes, message):
-    base = write_run(tmp_path / "base", high=range(6), low=range(6))
-    other = write_run(tmp_path / "dend", high=range(6), low=range(6), **changes)
+    base = chord_run(tmp_path / "base", high=range(6), low=range(6))
+    other = chord_run(tmp_path / "dend", high=range(6), low=range(6), **changes)
     with pytest.raises(UserError, match=message):
-        compare.main([base, other])
+        compare([str(base), str(other)])
 
 
-def test_sides_that_were_tested_by_other_folds_have_no_mAP_in_common(tmp_path):
-    whole = write_run(tmp_path / "whole", high=range(6), low=range(6))
-    parts = [write_run(tmp_path / str(n), high=range(3), low=range(3), clips=range(n, n + 3)) for n in (0, 3)]
-    with pytest.raises(UserError, match="wanted the same test folds on both sides"):
-        compare.main(["--baseline", whole, "--dendritic", *parts])
-    empty = [write_run(tmp_path / name, high=[0], low=[0], clips=[3]) for name in ("one", "two")]
-    with pytest.raises(UserError, match="no test clip has a class"):
-        compare.main(empty)
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")  # of the run without classes
+def test_sides_that_were_tested_by_other_folds_have_no_score_in_common(tmp_path):
+    whole = chord_run(tmp_path / "whole", high=range(6), low=range(6))
+    parts = [chord_run(tmp_path / str(n), high=range(3), low=range(3), clips=range(n, n + 3)) for n in (0, 3)]
+    with pytest.raises(UserError, match="parts: the test folds must be those of whole"):
+        write_comparison({"whole": [whole], "parts": parts}, tmp_path)
+    silent = [chord_run(tmp_path / name, range(6), range(6), label=[[]] * 6, test={}) for name in ("one", "two")]
+    with pytest.raises(UserError, match="one: some test clips must have a class, got none"):
+        compare([str(folder) for folder in silent])
 
 
 def test_the_order_of_a_clips_classes_does_not_matter(tmp_path):
-    base = write_run(tmp_path / "base", high=range(6), low=range(6))
-    turned = write_run(tmp_path / "dend", high=range(6), low=range(6), label=[names[::-1] for names in CLIPS])
-    compare.main([base, turned])
-    found = json.loads((tmp_path / "dend" / "comparison.json").read_text())
-    assert found["interval"] == [0, 0] and found["verdict"].startswith("The difference is not significant: +0.00")
+    base = chord_run(tmp_path / "base", high=range(6), low=range(6))
+    turned = chord_run(tmp_path / "dend", high=range(6), low=range(6), label=[names[::-1] for names in CLIPS])
+    compare([str(base), str(turned)])
+    found = json.loads((tmp_path / "dend" / "comparison.json").read_text())["sides"][1]["mAP"]
+    assert found["low"] == found["high"] == 0 and found["p"] == 1

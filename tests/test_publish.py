@@ -422,4 +422,4 @@ def test_a_baseline_and_its_dendritic_model_end_in_two_repositories(fit, online)
     fit("runs/quick", baseline=True, pai=PAI, hub_model_id=None)
     cards = [online.files(repo_id)["README.md"].decode() for repo_id in ("me/quick", "me/quick-baseline")]
     assert "huggingface.co/me/quick-baseline)" in cards[0] and "huggingface.co/me/quick)" in cards[1]
-    assert all("- added parameters: " in card for card in cards)
+    assert all("| against baseline |" in card for card in cards)

@@ -39,6 +39,13 @@ def test_mean_average_precision_by_hand():
     assert found == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2) / 2)
 
 
+@pytest.mark.parametrize(("loss", "expected"), [("cross_entropy", 1), ("bce", 3 / 4)])
+def test_clips_are_ranked_by_the_probabilities_of_the_loss(loss, expected):
+    # By the softmax both classes have their clip first. By the sigmoid that of class 0 comes second: (1/2 + 1) / 2.
+    predictions = DataFrame({"label": ["cat", "dog"], "logits": [[1.0, 0.0], [2.0, 3.0]]})
+    assert score(predictions, ["cat", "dog"], loss)["mAP"] == expected
+
+
 def test_metrics_combine_and_are_evaluates_own_kind():
     both = evaluate.combine([Accuracy(), MacroF1()])
     assert both.compute(predictions=LOGITS, references=LABELS).keys() == {"accuracy", "macro_f1"}

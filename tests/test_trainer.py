@@ -168,7 +168,7 @@ def test_a_recipe_with_a_baseline_ends_with_two_models_and_their_comparison(reci
     assert plain["steps"] == grown["steps"] and plain["dendrites"] is None
     assert set(grown["dendrites"]["layers"].values()) == {1} and grown["dendrites"]["growth"][0]["event"] == "grown"
     found = json.loads((tmp_path / "run_baseline" / "comparison.json").read_text())
-    assert found["dendritic"]["parameters"] == grown["parameters"] > plain["parameters"]
+    assert found["sides"][1]["parameters"] == grown["parameters"] > plain["parameters"]
     assert (tmp_path / "run" / "comparison.png").exists()
 
 

@@ -15,9 +15,15 @@ from huggingface_hub import (
 from audio_dendrites.data import synthetic
 from audio_dendrites.files import written_whole
 from audio_dendrites.publishing.content import FIGURES, code_files, files_named, read_reports
-from audio_dendrites.recipes import SCORES
 from audio_dendrites.results.scores import score_names
-from audio_dendrites.results.tables import classes_table, markdown_table, scores_table, skipped_list
+from audio_dendrites.results.tables import (
+    classes_table,
+    differences_table,
+    markdown_table,
+    scores_table,
+    sides_table,
+    skipped_list,
+)
 
 FAMILY_NAMES = {
     "audio-spectrogram-transformer": "Audio Spectrogram Transformer",
@@ -111,8 +117,8 @@ def model_card(
         results=scores_table(metrics),
         classes=classes_table(metrics["test"]) if metrics.get("test") else None,
         left_out=skipped_list(metrics["skipped"]) if metrics.get("skipped") else None,
-        beside=_beside(comparison),
         comparison=comparison,
+        beside=comparison and f"{sides_table(comparison)}\n\n{differences_table(comparison)}",
         other=other,
         revision=revision,
         hyperparameters={
@@ -149,27 +155,10 @@ def _eval_results(metrics: Mapping[str, Any], recipe: Mapping[str, Any], dataset
             ("accuracy", "accuracy", "Accuracy", None),
             ("macro_f1", "f1", "Macro F1", {"average": "macro"}),
             ("mAP", "mAP", "Mean average precision", {"average": "macro"}),
+            ("AUC", "roc_auc", "Area under the ROC curve", {"average": "macro"}),
         )
         if key in score_names(test)
     ]
-
-
-def _beside(comparison: Mapping[str, Any] | None) -> str | None:
-    if comparison is None:
-        return None
-    sides = [comparison["baseline"], comparison["dendritic"]]
-    rows = [["", "baseline", "dendritic"]]
-    rows += [
-        [label, *(write(side[key]) for side in sides)]
-        for label, key, write in (
-            *((name, name, "{:.4f}".format) for name in SCORES),
-            ("parameters", "parameters", "{:,.0f}".format),
-            ("steps", "steps", lambda steps: " ".join(map(str, steps))),
-            ("seconds a step", "seconds_a_step", "{:.4f}".format),
-        )
-        if all(side.get(key) is not None for side in sides)
-    ]
-    return markdown_table(rows)
 
 
 def _growth(dendrites: Mapping[str, Any] | None) -> str | None:

@@ -110,7 +110,7 @@ def read_reports(run: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
     metrics = read_json(run / "metrics.json")
     metrics.setdefault("local", [name for name in ("dataset", "base_model") if is_local(metrics[name])])
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    comparison = read_json(run / "comparison.json") if (run / "comparison.json").is_file() else None
+    comparison = read_comparison(run)
     metrics, recipe = without_paths_of(metrics, recipe)
     return metrics, recipe, comparison and without_paths(comparison | {"dataset": metrics["dataset"]})
 
@@ -210,6 +210,19 @@ def _pieces(path: Path) -> Iterator[bytes]:
         while piece := file.read(PIECE):
             yield before + piece
             before = piece[-OVERLAP:]
+
+
+def read_comparison(run: Path) -> dict[str, Any] | None:
+    """comparison.json, if there is one.
+
+    Raises:
+        PublishError: An older compare.py wrote it.
+    """
+    path = run / "comparison.json"
+    comparison = read_json(path) if path.is_file() else None
+    if comparison is not None and "sides" not in comparison:
+        raise PublishError(f"{path} must list `sides`, but an older compare.py wrote it: compare the runs again")
+    return comparison
 
 
 def _texts(table: DataFrame) -> DataFrame:

@@ -7,8 +7,10 @@ metrics.compute(predictions=logits, references=labels)
 import datasets
 import evaluate
 import numpy as np
-from scipy.special import softmax
+from scipy.special import log_softmax
+from scipy.stats import norm, rankdata
 from sklearn import metrics as sklearn_metrics
+from transformers.trainer_utils import EvalPrediction
 
 _CITATION = "Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12, 2011"
 
@@ -16,7 +18,8 @@ _CITATION = "Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12
 class _ScoreMetric(evaluate.Metric):
     """A metric over `predictions`, logits (clips, classes), and `references`, class numbers (clips,).
 
-    Under the configuration name "multilabel" the references are 0 or 1 for each class, (clips, classes).
+    Under the configuration name "multilabel" the references are 0 or 1 for each class, (clips, classes). Under
+    "sigmoid" they are class numbers, of a model that was trained with the binary cross-entropy.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -53,16 +56,32 @@ class MacroF1(_ScoreMetric):
 
 
 class MeanAveragePrecision(_ScoreMetric):
-    """mAP: area under the precision-recall curve of each class against the rest, averaged over those that occur.
+    """mAP: area under the precision-recall curve of each class against the rest, averaged over those that occur."""
 
-    The scores are the softmax; under "multilabel" the logits, which have the order of their sigmoids.
+    def _compute(self, predictions, references) -> dict[str, float]:
+        scores = ranking(np.asarray(predictions), "cross_entropy" if self.config_name == "default" else "bce")
+        references = np.asarray(references)
+        if references.ndim == 1:
+            references = np.eye(scores.shape[1], dtype=int)[references]
+        return {"mAP": float(np.nanmean(average_precisions(scores, references)))}
+
+
+class MultiLabelScores(MeanAveragePrecision):
+    """mAP; AUC, the area under the ROC curve of each class, averaged over those that occur; and d' of the AUC.
+
+    d' = √2 Φ⁻¹(AUC), as Gemmeke et al. (2017) have it for AudioSet, and AST and PANNs after them. For an AUC of 1 it
+    would be infinite, so that 1 counts as 1 - 1e-6.
     """
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        scores, references = np.asarray(predictions), np.asarray(references)
-        if self.config_name != "multilabel":
-            scores, references = softmax(scores, axis=1), np.eye(scores.shape[1], dtype=int)[references]
-        return {"mAP": float(np.nanmean(average_precisions(scores, references)))}
+        scores, positive = np.asarray(predictions), np.asarray(references) > 0
+        counts = positive.sum(axis=0)
+        pairs = counts * (len(scores) - counts)
+        # Mann and Whitney (1947): the share of pairs in which the positive clip has the higher score.
+        wins = (rankdata(scores, axis=0) * positive).sum(axis=0) - counts * (counts + 1) / 2
+        auc = float(np.mean(wins[pairs > 0] / pairs[pairs > 0]))
+        d_prime = float(np.sqrt(2) * norm.ppf(min(auc, 1 - 1e-6)))
+        return super()._compute(predictions, references) | {"AUC": auc, "d_prime": d_prime}
 
 
 class PerClassAccuracy(_ScoreMetric):
@@ -74,9 +93,25 @@ class PerClassAccuracy(_ScoreMetric):
         return {"per_class_accuracy": hits}
 
 
-# Each evaluation logs these; PerClassAccuracy is for the final report.
-EVALUATION = evaluate.combine([Accuracy(), MacroF1(), MeanAveragePrecision()])
-MULTI_LABEL_EVALUATION = MeanAveragePrecision("multilabel")
+# Each evaluation logs these, by the loss of the training; PerClassAccuracy is for the final report.
+EVALUATIONS = {
+    "cross_entropy": evaluate.combine([Accuracy(), MacroF1(), MeanAveragePrecision()]),
+    "bce": evaluate.combine([Accuracy(), MacroF1(), MeanAveragePrecision("sigmoid")]),
+}
+MULTI_LABEL_EVALUATION = MultiLabelScores("multilabel")
+
+
+def ranking(logits: np.ndarray, loss: str) -> np.ndarray:
+    """Scores that rank clips as the probabilities of `pipeline` do, without their rounding near 1.
+
+    Args:
+        logits: (clips, classes).
+        loss: cross_entropy, where the probabilities are the softmax, or bce, where they are the sigmoids.
+
+    Returns:
+        (clips, classes).
+    """
+    return logits if loss == "bce" else log_softmax(logits, axis=1)
 
 
 def average_precisions(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -99,17 +134,18 @@ def average_precisions(scores: np.ndarray, references: np.ndarray) -> np.ndarray
     )
 
 
-def evaluate_scores(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """Accuracy, macro F1 and mAP, or mAP alone for multi-label clips.
+def evaluate_scores(predictions: np.ndarray, references: np.ndarray, loss: str = "cross_entropy") -> dict[str, float]:
+    """Accuracy, macro F1 and mAP or, for multi-label clips, mAP, AUC and d'.
 
     Args:
         predictions: Logits (clips, classes).
         references: Class numbers (clips,) or 0 and 1, (clips, classes).
+        loss: Of the training, cross_entropy or bce; that of multi-label clips is always bce.
     """
-    metric = EVALUATION if references.ndim == 1 else MULTI_LABEL_EVALUATION
+    metric = EVALUATIONS[loss] if references.ndim == 1 else MULTI_LABEL_EVALUATION
     return metric.compute(predictions=predictions, references=references)
 
 
-def compute_metrics(prediction) -> dict[str, float]:
-    """What the Trainer calls: `evaluate_scores` of an `EvalPrediction`."""
-    return evaluate_scores(prediction.predictions, prediction.label_ids)
+def compute_metrics(prediction: EvalPrediction, loss: str = "cross_entropy") -> dict[str, float]:
+    """What the Trainer calls: `evaluate_scores` of its predictions."""
+    return evaluate_scores(prediction.predictions, prediction.label_ids, loss)

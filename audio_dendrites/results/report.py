@@ -21,9 +21,9 @@ from transformers import Trainer
 
 from audio_dendrites.data.clips import is_local
 from audio_dendrites.files import written_whole
-from audio_dendrites.recipes import SCORES, Recipe
+from audio_dendrites.recipes import Recipe
 from audio_dendrites.results.plots import plot_classes, plot_learning_curves
-from audio_dendrites.results.scores import score
+from audio_dendrites.results.scores import NAMES, score
 from audio_dendrites.results.tables import classes_table, scores_table, skipped_list
 
 TOKEN_OPTION = r"--\w+[_-]token"
@@ -86,7 +86,10 @@ def run_metrics(
     timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
     return {
         **run_facts(recipe, trainer, labels),
-        **{split: score(table, labels) | {"folds": recipe.data.folds[split]} for split, table in predictions.items()},
+        **{
+            split: score(table, labels, trainer.loss) | {"folds": recipe.data.folds[split]}
+            for split, table in predictions.items()
+        },
         "best_step": state.best_global_step if recipe.training.load_best_model_at_end else None,
         "averaged_steps": getattr(trainer, "averaged_steps", []),  # else the best step's weights are the final ones
         "steps": state.global_step,
@@ -104,7 +107,7 @@ def running_metrics(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
     found = facts | {"running": {"step": state.global_step, "max_steps": state.max_steps}}
     log = next((log for log in reversed(state.log_history) if "eval_mAP" in log), None)
     if log is not None:
-        scores = {name: log[f"eval_{name}"] for name in SCORES if f"eval_{name}" in log}
+        scores = {name: log[f"eval_{name}"] for name in NAMES if f"eval_{name}" in log}
         found["validation"] = scores | {"clips": len(trainer.eval_dataset), "folds": recipe.data.folds["validation"]}
     return found
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import yaml
 from pandas import DataFrame, Series
 
 from audio_dendrites.data.splits import is_multi_label
@@ -13,7 +14,11 @@ from audio_dendrites.errors import UserError
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
-    """metrics.json and predictions.parquet of one run; of multi-label clips `label` is a sorted tuple.
+    """metrics.json and predictions.parquet of one run.
+
+    Returns:
+        The metrics with `seed` (None for an ensemble) and `loss` (cross_entropy or bce), as config.yaml has them, and
+        the predictions. For multi-label clips `label` is a sorted tuple.
 
     Raises:
         UserError: The folder is no finished run, or one of an older train.py.
@@ -33,21 +38,28 @@ def read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
         )
     if is_multi_label(predictions["label"]):
         predictions["label"] = predictions["label"].map(lambda names: tuple(sorted(names)))
-    return metrics, predictions
+    path = folder / "config.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {"seed": recipe.get("seed"), "loss": recipe.get("loss", "auto")} | metrics
+    if found["loss"] == "auto":
+        found["loss"] = "bce" if is_multi_label(predictions["label"]) else "cross_entropy"
+    return found, predictions
 
 
-def check_same_task(folders: Sequence[Path], metrics: Sequence[dict[str, Any]]) -> None:
-    """Whether runs are of one data set and have the same classes in the same order.
+def check_same_task(
+    folders: Sequence[Path], metrics: Sequence[dict[str, Any]], fields: Sequence[str] = ("dataset", "labels")
+) -> None:
+    """Whether runs are of one data set and have the same classes in the same order, or agree in other fields.
 
     Raises:
         UserError: They are not.
     """
     for folder, other in zip(folders[1:], metrics[1:], strict=True):
-        for field in ("dataset", "labels"):
+        for field in fields:
             if other[field] != metrics[0][field]:
                 raise UserError(
-                    f"{field}: {folders[0]} was tested on {metrics[0][field]}, {folder} on {other[field]}; wanted the "
-                    "same"
+                    f"{field}: the runs must have the same, got {metrics[0][field]} in {folders[0]} and {other[field]} "
+                    f"in {folder}"
                 )
 
 

@@ -12,19 +12,22 @@ from audio_dendrites.data.splits import encode_labels, is_multi_label
 from audio_dendrites.recipes import SCORES
 from audio_dendrites.results.metrics import PerClassAccuracy, average_precisions, evaluate_scores
 
+NAMES = (*SCORES, "AUC", "d_prime")  # of all scores of a split, in the order of the tables
 
-def score(predictions: DataFrame, labels: Sequence[str]) -> dict[str, Any]:
+
+def score(predictions: DataFrame, labels: Sequence[str], loss: str = "cross_entropy") -> dict[str, Any]:
     """Accuracy, macro F1, mAP, and accuracy, F1 and clips of each class.
 
-    For multi-label clips: mAP, and average precision and positives of each class that has any.
+    For multi-label clips: mAP, AUC, d', and average precision and positives of each class that has any.
 
     Args:
         predictions: As `predictions_table` makes it.
         labels: Class names in the order of the logits.
+        loss: Of the training, cross_entropy or bce; that of multi-label clips is always bce.
     """
     logits = np.stack(predictions["logits"])
     references = encode_labels(predictions["label"], labels)
-    scores = evaluate_scores(logits, references) | {"clips": len(predictions)}
+    scores = evaluate_scores(logits, references, loss) | {"clips": len(predictions)}
     if references.ndim == 2:
         per_class = {
             label: {"average_precision": float(precision), "positives": int(positives)}
@@ -68,5 +71,5 @@ def with_predictions(table: DataFrame, logits: np.ndarray, labels: Sequence[str]
 
 
 def score_names(scores: Mapping[str, Any]) -> list[str]:
-    """Those of accuracy, macro_f1 and mAP that a split has: mAP alone where clips are multi-label."""
-    return [name for name in SCORES if name in scores]
+    """The scores that a split has: accuracy, macro_f1 and mAP or, for multi-label clips, mAP, AUC and d_prime."""
+    return [name for name in NAMES if name in scores]

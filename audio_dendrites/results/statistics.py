@@ -1,185 +1,234 @@
-"""Whether two classifiers that were tested on the same clips differ."""
+"""Whether two sides of runs differ, where both the recordings that test them and the seeds of their runs are chance.
 
-from collections.abc import Iterator, Sequence
+A run has a score and an influence: how much each test clip moves the score, its derivative by the clip's weight. From
+the influences follows how the scores would scatter with other recordings (infinitesimal jackknife, Jaeckel 1972; the
+limit of the bootstrap, Efron 1982). How they scatter with other seeds is measured on the runs themselves.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.optimize import brentq
+from scipy.stats import binomtest, t
 
-DRAWS = 10_000  # of a bootstrap
-MAP_DRAWS = 1_000  # of one of mAP, which ranks all clips anew for each class and draw
-CHUNK = 1000  # bootstrap draws at a time: so many times the groups, of mAP the clips, are in memory
+LEVEL = 0.95  # of an interval
+SMALLEST = 1e-100  # p
 
 
-def error_reduction(baseline: float, other: float) -> float | None:
-    """Share of the baseline's errors that the other does not make, in %; none where the baseline makes none.
+@dataclass
+class Runs:
+    """Runs of one side, tested on the same recordings as those of the other.
 
-    Args:
-        baseline: Accuracy, 0 to 1.
-        other: Accuracy, 0 to 1.
+    Attributes:
+        scores: (runs,).
+        influence: (recordings, runs), summed over the clips of each recording; 0 where a run did not test it.
+        folds: (runs,) test fold.
+        seeds: (runs,) seed, None where it is not known.
     """
-    return None if baseline == 1 else 100 * (other - baseline) / (1 - baseline)
+
+    scores: np.ndarray
+    influence: np.ndarray
+    folds: Sequence[str]
+    seeds: Sequence[int | None]
+
+    @property
+    def keys(self) -> list[tuple[str, int | None]]:
+        return list(zip(self.folds, self.seeds, strict=True))
 
 
-def mcnemar_exact(baseline: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
-    """McNemar's test (1947) in its exact form: of the clips on which the two differ, half should go either way.
+@dataclass
+class Difference:
+    """Mean score of a side minus that of the reference.
 
-    With several runs a side it is the sign test over clips: a clip goes to the side whose runs got it right more often.
-    It takes clips as independent, which those cut from one recording are not: `bootstrap_interval` has that in view.
+    Attributes:
+        value: The difference, from -1 to 1.
+        parts: Variances of `value`, each with its degrees of freedom: from runs, if that was measured, and from
+            recordings.
+        effect_size: The difference in standard deviations of runs (Hedges' g). None where a single run a side does not
+            show how runs scatter, so that the difference is one of two models and not of what made them.
+    """
 
-    Args:
-        baseline: (clips,) right or wrong, or the share of runs that were right.
-        other: (clips,) the same of the other classifier, clip by clip.
+    value: float
+    parts: Sequence[tuple[float, float]]
+    effect_size: float | None
+
+    @property
+    def over_runs(self) -> bool:
+        """Whether the variance holds the scatter of runs."""
+        return len(self.parts) > 1
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """Confidence interval, within -1 to 1."""
+        half = self._half_width(1 - level)
+        return max(-1.0, self.value - half), min(1.0, self.value + half)
+
+    @property
+    def p(self) -> float:
+        """Two-sided p: the error probability of the interval that ends at 0."""
+        if self.value == 0:
+            return 1.0
+        if self._half_width(SMALLEST) <= abs(self.value):
+            return SMALLEST
+        return 10 ** brentq(lambda power: self._half_width(10**power) - abs(self.value), math.log10(SMALLEST), 0)
+
+    def _half_width(self, error: float) -> float:
+        """Root of the summed squares of the half-widths that the parts have alone (Howe 1974).
+
+        Satterthwaite's degrees of freedom for the sum would give 8 % false alarms at 5 % with three runs a side.
+        """
+        return math.sqrt(sum(variance * t.isf(error / 2, freedom) ** 2 for variance, freedom in self.parts))
+
+
+def difference(reference: Runs, other: Runs) -> Difference:
+    """The difference of two sides, where runs and recordings are both drawn at random.
+
+    Obuchowski and Rockette (1995) have this for readers and cases: the scatter of the runs holds a part that comes from
+    the recordings, and to it is added what the recordings move in all runs alike. Runs take Student's t, because two to
+    five of them that are resampled scatter too little.
+
+    Runs are paired where both sides have the same folds and seeds, each once. Otherwise the scatter is that of the runs
+    of one side and fold (Welch 1947) or, where a side has one run a fold, that of the differences between folds.
+    """
+    counts = len(reference.scores), len(other.scores)
+    weights = np.repeat([-1 / counts[0], 1 / counts[1]], counts)
+    scores = np.concatenate([reference.scores, other.scores])
+    influence = np.hstack([reference.influence, other.influence])
+    recordings = len(influence)
+    covariance = recordings / (recordings - 1) * influence.T @ influence
+    value, from_recordings = float(weights @ scores), weights @ covariance @ weights
+    scatters = _scatters(reference, other)
+    if not scatters:
+        return Difference(value, [(float(from_recordings), recordings - 1)], None)
+    squares = [((contrast @ scores) ** 2).sum() / freedom for contrast, freedom, _ in scatters]
+    variances = [square / count for square, (_, _, count) in zip(squares, scatters, strict=True)]
+    known = sum(np.trace(contrast @ covariance @ contrast.T) / freedom / count for contrast, freedom, count in scatters)
+    spread = sum(variance**2 / freedom for variance, (_, freedom, _) in zip(variances, scatters, strict=True))
+    freedoms = sum(freedom for _, freedom, _ in scatters)
+    runs = (float(sum(variances)), float(sum(variances) ** 2 / spread) if spread else freedoms)
+    deviation = math.sqrt(np.mean(squares))
+    return Difference(
+        value,
+        [runs, (float(max(0.0, from_recordings - known)), recordings - 1)],
+        value / deviation * (1 - 3 / (4 * freedoms - 1)) if deviation else None,
+    )
+
+
+def _scatters(reference: Runs, other: Runs) -> list[tuple[np.ndarray, int, int]]:
+    """What shows how runs scatter; empty where nothing does.
 
     Returns:
-        Clips that go to the baseline, clips that go to the other, and the two-sided p.
-
-    Raises:
-        ValueError: The two are not of one length.
+        Matrices that take the scores of all runs to deviations, with degrees of freedom and number of deviations. Their
+        squares, summed and divided by both numbers, are a part of the variance of the difference.
     """
-    baseline, other = _paired(baseline, other)
-    lost, won = int((baseline > other).sum()), int((other > baseline).sum())
+    folds = [np.asarray(side.folds) for side in (reference, other)]
+    if sorted(map(str, reference.keys)) == sorted(map(str, other.keys)) and len(set(other.keys)) == len(other.keys):
+        units = [np.array([f"{fold} {seed}" for fold, seed in side.keys]) for side in (reference, other)]
+    elif min(np.unique(one, return_counts=True)[1].min() for one in folds) > 1:
+        counts = [len(one) for one in folds]
+        return [
+            (np.pad(np.eye(count) - _means(one, one), ((0, 0), pad)), count - len(set(one)), count)
+            for one, count, pad in zip(folds, counts, [(0, counts[1]), (counts[0], 0)], strict=True)
+        ]
+    else:
+        units = folds
+    names = np.unique(units[0])
+    pairs = np.hstack([-_means(names, units[0]), _means(names, units[1])])
+    return [(pairs - pairs.mean(axis=0), len(names) - 1, len(names))] if len(names) > 1 else []
+
+
+def _means(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(rows, columns) matrix that takes the mean of the columns of the same name as the row."""
+    same = (rows[:, None] == columns).astype(float)
+    return same / same.sum(axis=1, keepdims=True)
+
+
+def holm(p: Sequence[float]) -> list[tuple[float, float]]:
+    """Holm's correction (1979) for several tests.
+
+    Returns:
+        For each test the corrected p, and the level of its interval: it excludes 0 exactly if the corrected p is below
+        5 %.
+    """
+    order = np.argsort(p)
+    corrected = np.empty(len(p))
+    corrected[order] = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1))
+    return [(min(1.0, float(one)), float(1 - (1 - LEVEL) * raw / one)) for raw, one in zip(p, corrected, strict=True)]
+
+
+def error_reduction(reference: float, other: float) -> float | None:
+    """Share of the reference's errors that the other does not make, in %; None where the reference makes none.
+
+    Args:
+        reference: Accuracy, 0 to 1.
+        other: Accuracy, 0 to 1.
+    """
+    return None if reference == 1 else 100 * (other - reference) / (1 - reference)
+
+
+def mcnemar_exact(reference: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
+    """McNemar's test (1947) in its exact form: of the clips on which two models differ, half should go either way.
+
+    Args:
+        reference: (clips,) right or wrong.
+        other: (clips,) the same of the other model, clip by clip.
+
+    Returns:
+        Clips that the reference alone has right, clips that the other alone has right, and the two-sided p.
+    """
+    lost, won = int((reference & ~other).sum()), int((other & ~reference).sum())
     return lost, won, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
-def bootstrap_interval(
-    baseline: np.ndarray,
-    other: np.ndarray,
-    groups: np.ndarray,
-    level: float = 0.95,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron 1979) of the difference in accuracy, other − baseline.
-
-    Clips stay in pairs, and whole source recordings are drawn with replacement (cluster bootstrap, Field and Welsh
-    2007), so that many clips of one recording do not count as many observations.
+def accuracy(scores: np.ndarray, references: np.ndarray) -> tuple[float, np.ndarray]:
+    """Accuracy of a run, and its influence.
 
     Args:
-        baseline: (clips,) right or wrong, or the share of runs that were right.
-        other: (clips,) the same of the other classifier.
-        groups: (clips,) source recording.
-        level: Share of the draws inside.
-        draws: How often the recordings are drawn.
-        seed: Of the draws.
-
-    Returns:
-        Lower and upper end.
-
-    Raises:
-        ValueError: The three are not of one length.
-    """
-    baseline, other = _paired(baseline, other)
-    number = _numbered(groups, len(baseline))
-    differences, clips = np.bincount(number, other - baseline), np.bincount(number)
-    drawn = [differences[picked].sum(axis=1) / clips[picked].sum(axis=1) for picked in _drawn(len(clips), draws, seed)]
-    return _ends(drawn, level)
-
-
-def average_precision_interval(
-    baseline: np.ndarray,
-    other: np.ndarray,
-    references: np.ndarray,
-    groups: np.ndarray,
-    level: float = 0.95,
-    draws: int = MAP_DRAWS,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The interval of `bootstrap_interval` for the difference in mAP, other − baseline.
-
-    A draw gives all runs of both sides the same recordings. The mAP of a run is that of its own clips among them,
-    averaged over the classes that occur there, and the mAP of a side the mean over its runs. Draws in which no class
-    occurs are left out.
-
-    Args:
-        baseline: (runs, clips, classes) scores, NaN for the clips that a run did not test.
-        other: (runs, clips, classes) the same of the other classifier; its runs may be more or fewer.
+        scores: (clips, classes), higher where a class is likelier.
         references: (clips, classes), 0 or 1.
-        groups, level, draws, seed: As there.
 
     Returns:
-        Lower and upper end.
-
-    Raises:
-        ValueError: They are not of the same clips and classes, or no clip has a class.
+        The score and the influence of each clip, (clips,).
     """
-    references = np.asarray(references, dtype=bool)
-    if not baseline.shape[1:] == other.shape[1:] == references.shape or not references.any():
-        raise ValueError(
-            f"found scores {baseline.shape[1:]} and {other.shape[1:]} for references {references.shape}, wanted the "
-            "same clips and classes, at least one that occurs"
-        )
-    number = _numbered(groups, len(references))
-    count, drawn = number.max() + 1, []
-    for picked in _drawn(count, draws, seed):
-        cells = picked + count * np.arange(len(picked))[:, None]
-        times = np.bincount(cells.ravel(), minlength=picked.size).reshape(picked.shape)
-        weights = times.T[number].astype(float)  # (clips, draws)
-        before, after = (
-            _mean([_mean_average_precision(run, references, weights) for run in side]) for side in (baseline, other)
-        )
-        drawn.append(after - before)
-    return _ends(drawn, level)
+    right = references[np.arange(len(scores)), scores.argmax(axis=1)]
+    return float(right.mean()), (right - right.mean()) / len(right)
 
 
-def _mean_average_precision(scores: np.ndarray, references: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(draws,) mAP of a run; NaN where no class occurs."""
-    tested = ~np.isnan(scores[:, 0])
-    scores, references, weights = scores[tested], references[tested], weights[tested]
-    precisions = np.full((references.shape[1], weights.shape[1]), np.nan)
-    for label in np.flatnonzero(references.any(axis=0)):
-        precisions[label] = _average_precision(scores[:, label], references[:, label], weights)
-    return _mean(precisions)
+def macro_f1(scores: np.ndarray, references: np.ndarray) -> tuple[float, np.ndarray]:
+    """F1, averaged over the classes that occur in labels or predictions; see `accuracy`."""
+    predicted = np.eye(references.shape[1])[scores.argmax(axis=1)]
+    hits, sizes = predicted * references, predicted + references
+    found = sizes.any(axis=0)
+    hits, sizes = hits[:, found], sizes[:, found]
+    f1 = 2 * hits.sum(axis=0) / sizes.sum(axis=0)
+    return float(f1.mean()), ((2 * hits - f1 * sizes) / sizes.sum(axis=0)).mean(axis=1)
 
 
-def _average_precision(scores: np.ndarray, references: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Average precision, as scikit-learn's `average_precision_score`, under many weights at once.
-
-    Args:
-        scores: (clips,).
-        references: (clips,) bool, at least one true.
-        weights: (clips, draws), how often each clip counts.
-
-    Returns:
-        (draws,), NaN where no clip of the class counts.
-    """
-    order = np.argsort(-scores)
-    found = order[references[order]]
-    # Precision is taken where a clip of the class is found, over all clips whose score is not lower.
-    ends, first = np.unique(np.searchsorted(-scores[order], -scores[found], side="right"), return_index=True)
-    clips = np.add.reduceat(weights[order[: ends[-1]]], np.append(0, ends[:-1])).cumsum(axis=0)
-    hits = np.add.reduceat(weights[found], first)
-    precision = hits.cumsum(axis=0) / np.maximum(clips, 1)
-    with np.errstate(invalid="ignore"):
-        return (hits * precision).sum(axis=0) / hits.sum(axis=0)
+def mean_average_precision(scores: np.ndarray, references: np.ndarray) -> tuple[float, np.ndarray]:
+    """mAP, averaged over the classes that occur; see `accuracy`."""
+    found = [
+        _average_precision(scores[:, label], references[:, label] > 0)
+        for label in np.flatnonzero(references.any(axis=0))
+    ]
+    values, influences = zip(*found, strict=True)
+    return float(np.mean(values)), np.mean(influences, axis=0)
 
 
-def _mean(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """(draws,) mean of the rows (draws,) that are not NaN; NaN where all are."""
-    known = ~np.isnan(rows)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, rows, 0).sum(axis=0) / known.sum(axis=0)
+def _average_precision(scores: np.ndarray, positive: np.ndarray) -> tuple[float, np.ndarray]:
+    """The mean, over the positive clips i, of hits_i / clips_i, both counted among the clips that score no lower."""
+    order = np.argsort(-scores, kind="stable")
+    ranked, positive_ranked = -scores[order], positive[order]
+    last = np.searchsorted(ranked, ranked, side="right")  # of the clips that score the same
+    first = np.searchsorted(ranked, ranked, side="left")
+    hits = positive_ranked.cumsum()[last - 1]
+    precision = hits / last
+    value = precision[positive_ranked].mean()
+    # Clip k counts among the hits and the clips of all positive ones that score no higher than it does.
+    as_hit, as_clip = ((positive_ranked * part)[::-1].cumsum()[::-1][first] for part in (1 / last, precision / last))
+    influence = np.empty(len(scores))
+    influence[order] = (positive_ranked * (precision - value + as_hit) - as_clip) / positive.sum()
+    return float(value), influence
 
 
-def _numbered(groups: np.ndarray, clips: int) -> np.ndarray:
-    if len(groups) != clips:
-        raise ValueError(f"found {len(groups)} groups for {clips} clips")
-    return np.unique(groups, return_inverse=True)[1]
-
-
-def _drawn(count: int, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """Numbers of recordings (draws, count), drawn with replacement, in chunks."""
-    random = np.random.default_rng(seed)
-    for start in range(0, draws, CHUNK):
-        yield random.integers(count, size=(min(CHUNK, draws - start), count))
-
-
-def _ends(drawn: list[np.ndarray], level: float) -> tuple[float, float]:
-    low, high = np.nanquantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _paired(baseline: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    baseline, other = np.asarray(baseline, dtype=float), np.asarray(other, dtype=float)
-    if baseline.shape != other.shape or not len(baseline):
-        raise ValueError(f"found {baseline.shape} and {other.shape}, wanted the same clips, at least one")
-    return baseline, other
+SCORES = {"accuracy": accuracy, "macro_f1": macro_f1, "mAP": mean_average_precision}

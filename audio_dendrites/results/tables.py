@@ -54,3 +54,49 @@ def classes_table(test: Mapping[str, Any]) -> str:
     columns = ("clips", "accuracy", "f1") if "accuracy" in test else ("positives", "average_precision")
     rows = [[label, *(scores[column] for column in columns)] for label, scores in test["per_class"].items()]
     return markdown_table([["class", *columns], *rows])
+
+
+def sides_table(comparison: Mapping[str, Any]) -> str:
+    """Scores, steps and size of the sides in comparison.json, as a Markdown table."""
+    reference, scores = comparison["sides"][0], comparison["scores"]
+    sizes = {"parameters": ",.0f", "multiply_adds": ",.0f", "seconds_a_step": ".4f"}
+    known = [name for name in sizes if all(side[name] for side in comparison["sides"])]
+    rows = [["side", "runs", *scores, "steps", *(name.replace("_", " ") for name in known)]]
+    for side in comparison["sides"]:
+        row = [side["name"], str(len(side["runs"]))]
+        for name in scores:
+            mean, deviation = side[name]["mean"], side[name]["deviation"]
+            row.append(f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}")
+        row.append(span(side["steps"]))
+        for name in known:
+            ratio = "" if side is reference else f" (× {side[name] / reference[name]:.3f})"
+            row.append(f"{side[name]:{sizes[name]}}{ratio}")
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def differences_table(comparison: Mapping[str, Any]) -> str:
+    """Differences of the sides in comparison.json from the first one, as a Markdown table without empty columns."""
+    reference, *others = comparison["sides"]
+    rows = [[f"against {reference['name']}", "score", "points", "interval", "p", "effect size", "error reduction"]]
+    for other in others:
+        for name in comparison["scores"]:
+            found, errors = other[name], other.get("error_reduction_percent") if name == "accuracy" else None
+            rows.append(
+                [
+                    other["name"],
+                    name,
+                    f"{100 * found['difference']:+.2f}",
+                    f"{100 * found['low']:+.2f} to {100 * found['high']:+.2f}",
+                    f"{found['p']:.2g}",
+                    "" if found["effect_size"] is None else f"{found['effect_size']:+.2f}",
+                    "" if errors is None else f"{errors:.1f} %",
+                ]
+            )
+    filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    return markdown_table(list(zip(*filled, strict=True)))
+
+
+def span(values: Sequence[Any]) -> str:
+    """One value, or the first and the last."""
+    return " to ".join(map(str, values[:1] if len(values) == 1 else [values[0], values[-1]]))
