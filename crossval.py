@@ -147,8 +147,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--last", action="store_true", help="No fold chooses: train on all others, test what is last.")
     options, rest = parser.parse_known_args(arguments)
     recipes = fold_recipes(rest, options.folds, options.seeds, options.last)
-    for recipe in recipes:
-        train.main(recipe)
+    train.main(*recipes)
     if recipes[0].training.process_index:
         return
     folder = Path(recipes[0].training.output_dir).parent

@@ -8,35 +8,31 @@ without them first, and the two are compared.
 
 import logging
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from joblib import cpu_count
-from transformers import EarlyStoppingCallback, set_seed
+from torch import nn
+from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 
-from audio_dendrites.data.clips import load_clips
-from audio_dendrites.data.features import ClipFeatures, ExactFeatures, extract_features, feature_lengths
-from audio_dendrites.data.splits import class_names, drop_bad_clips, encode_labels, is_multi_label, split_by_fold
-from audio_dendrites.data.stats import log_mel_moments, with_statistics
-from audio_dendrites.data.windows import ClipWindows
 from audio_dendrites.errors import UserError
-from audio_dendrites.files import writing_to
-from audio_dendrites.models.loading import check_model, learning_rates, load_extractor, load_model, load_teacher
+from audio_dendrites.models.loading import learning_rates, load_model, load_teacher
 from audio_dendrites.publishing import hub
 from audio_dendrites.publishing.card import write_card
-from audio_dendrites.publishing.check import check_pipeline
-from audio_dendrites.publishing.export import export_dendritic
 from audio_dendrites.recipes import Recipe, parse_recipe, write_yaml
 from audio_dendrites.results.comparison import write_comparison
 from audio_dendrites.results.metrics import compute_metrics
-from audio_dendrites.results.report import is_finished, print_summary, write_run
-from audio_dendrites.results.scores import predictions_table
-from audio_dendrites.training.checkpoints import check_run_folder, find_checkpoint
-from audio_dendrites.training.losses import balanced_class_weights, resolve_loss
-from audio_dendrites.training.process import prepare_process
+from audio_dendrites.results.report import print_summary
+from audio_dendrites.training.checkpoints import find_checkpoint
+from audio_dendrites.training.data import RunData, load_data
+from audio_dendrites.training.finish import finish
+from audio_dendrites.training.losses import balanced_class_weights
+from audio_dendrites.training.preflight import preflight
+from audio_dendrites.training.process import one_process_first, prepare_process
 from audio_dendrites.training.trainer import AudioTrainer
 from data_collator import AugmentedClips, BalancedSampler, SetEpoch, SpectrogramCollator, WaveformCollator
-from pai_callback import PAICallback, PAIError, PAITrainerMixin
+from pai_callback import Layer, PAICallback, PAIConfig, PAIError, PAITrainerMixin, choose_layers, probe_layers
 
 CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
 
@@ -49,81 +45,83 @@ class DendriticAudioTrainer(PAITrainerMixin, AudioTrainer):
         return max((entry["step"] for entry in self.pai_callback.history if entry["event"]), default=0)
 
 
-def train(recipe: Recipe) -> None:
-    """One run: data, features, model, training, the test fold once, the run folder."""
-    args, folder = recipe.training, Path(recipe.training.output_dir)
-    grower = None if recipe.dendrites.pai is None else PAICallback(recipe.dendrites.pai)
-    prepare_process(args)
+def find_growth(pai: Mapping[str, Any], model: nn.Module, batch: Mapping[str, Any]) -> tuple[PAIConfig, list[Layer]]:
+    """The configuration of a `pai` block and the layers of the model that grow, for `preflight`."""
+    callback = PAICallback(pai)
+    names = choose_layers(model, callback.config) if callback.grows else []
+    return callback.config, probe_layers(model, batch, names)
+
+
+def main(*recipes: Recipe) -> None:
+    """Train every run of the recipes. A recipe with `baseline: true` is two runs, which are compared.
+
+    Args:
+        recipes: They differ at most in their folds, seeds and run folders. All runs are checked before one trains.
+    """
+    prepare_process(recipes[0].training)
+    data = load_data(preflight([run for recipe in recipes for run in recipe.runs()], find_growth))
+    for recipe in recipes:
+        runs, is_first = recipe.runs(), recipe.training.process_index == 0
+        for run in runs:
+            if run.training.output_dir in data:
+                train(data[run.training.output_dir])
+            elif is_first:
+                print_summary(Path(run.training.output_dir))
+        with one_process_first(recipe.training, "comparing and publishing"):
+            if is_first:
+                conclude(*runs)
+
+
+def conclude(run: Recipe, dendritic: Recipe | None = None) -> None:
+    """Publish a finished run, or compare and publish a baseline and the run with dendrites."""
+    if dendritic is None:
+        return hub.publish_finished(run.training, CARD)
+    folders = [Path(one.training.output_dir) for one in (run, dendritic)]
+    write_comparison({"baseline": folders[:1], "dendritic": folders[1:]}, folders[1])
+    for folder in folders:
+        write_card(folder, CARD)
+    for one, other in ((run, dendritic), (dendritic, run)):
+        hub.publish_finished(one.training, CARD, other.training.hub_model_id)
+
+
+def train(data: RunData) -> None:
+    """One run: the model, its training, the test fold once, the run folder."""
+    recipe, args = data.recipe, data.recipe.training
     set_seed(args.seed)
+    model = load_model(data.labels, recipe.model, data.extractor)
+    model.config.update(data.model_settings)
+    trainer = make_trainer(data, model)
+    checkpoint = find_checkpoint(args, data.labels)
+    if trainer.is_world_process_zero():
+        write_yaml(recipe, Path(args.output_dir, "config.yaml"))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    finish(trainer, data, CARD)
 
-    extractor = load_extractor(recipe.model, recipe.features)
-    check_model(recipe, extractor)
-    with args.main_process_first(desc="loading the data"):
-        clips, index = load_clips(recipe.data)
-    splits = split_by_fold(index, recipe.data)
-    labels = class_names(index, splits, recipe.data)
-    if recipe.features.needs_statistics:
-        with args.main_process_first(desc="computing mean and std"):
-            moments = log_mel_moments(clips, recipe.data, extractor)
-        recipe = with_statistics(recipe, moments, splits["train"])
-        extractor = load_extractor(recipe.model, recipe.features)
-    loss = resolve_loss(args, is_multi_label(index["label"]))
 
-    model = load_model(labels, recipe.model, extractor)
-    model.config.update({"window_overlap": args.window_overlap, "window_aggregation": args.window_aggregation})
-    model.config.update({"channel": recipe.data.channel})  # for predict.py
-    if loss == "bce":
-        model.config.problem_type = "multi_label_classification"  # so that `pipeline` takes the sigmoid
-    check_run_folder(recipe, model)
-    if is_finished(folder) and args.resume_from_checkpoint is None:
-        return print_summary(folder) if args.process_index == 0 else None
-    checkpoint = find_checkpoint(args, labels)
-    teacher = args.distill_from and load_teacher(args.distill_from, labels, extractor, loss)
-
-    with args.main_process_first(desc="computing the features"):
-        features = extract_features(
-            clips,
-            extractor,
-            recipe.data.audio_column,
-            recipe.data.clip_column,
-            num_proc=recipe.data.preprocessing_num_workers or cpu_count(),
-            channel=recipe.data.channel,
-        )
-    splits, skipped = drop_bad_clips(splits, features["error"], recipe.data.on_bad_clip)
-    targets = {split: encode_labels(index["label"].iloc[rows], labels) for split, rows in splits.items()}
-    lengths = feature_lengths(features, extractor.row_width)
-    in_windows = {
-        split: partial(
-            ClipWindows, lengths=lengths[rows], layout=extractor.window_layout, overlap=args.window_overlap,
-            aggregation=args.window_aggregation,
-        )
-        for split, rows in splits.items()
-    }  # fmt: skip
-    examples = {
-        split: ClipFeatures(features.select(rows), targets[split], extractor.row_width)
-        for split, rows in splits.items()
-    }
-
-    callbacks = [SetEpoch()] if grower is None else [SetEpoch(), grower]
+def make_trainer(data: RunData, model: PreTrainedModel) -> AudioTrainer:
+    """The trainer of a run, with everything that its recipe asks for."""
+    recipe, args, waveform = data.recipe, data.recipe.training, data.recipe.model.waveform
+    grows = recipe.dendrites.pai is not None
+    callbacks = [SetEpoch()] + [PAICallback(recipe.dendrites.pai)] * grows
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    train_clips = AugmentedClips(examples["train"], args.seed)
-    trainer = (AudioTrainer if grower is None else DendriticAudioTrainer)(
+    clips = AugmentedClips(data.clips("train"), args.seed)
+    return (DendriticAudioTrainer if grows else AudioTrainer)(
         model,
         args,
-        data_collator=(WaveformCollator if recipe.model.waveform else SpectrogramCollator)(
-            num_labels=len(labels), **extractor.batch_layout, **recipe.augmentation.settings(recipe.model.waveform)
+        data_collator=(WaveformCollator if waveform else SpectrogramCollator)(
+            num_labels=len(data.labels), **data.extractor.batch_layout, **recipe.augmentation.settings(waveform)
         ),
-        train_dataset=train_clips,
-        eval_dataset=in_windows["validation"](examples["validation"]),
-        processing_class=extractor.stock(),
-        compute_metrics=partial(compute_metrics, loss=loss),
+        train_dataset=clips,
+        eval_dataset=data.windows("validation"),
+        processing_class=data.extractor.stock(),
+        compute_metrics=partial(compute_metrics, loss=data.loss),
         callbacks=callbacks,
-        loss=loss,
-        teacher=teacher,
+        loss=data.loss,
+        teacher=args.distill_from and load_teacher(args.distill_from, data.labels, data.extractor, data.loss),
         distillation=args.distillation,
-        train_sampler=BalancedSampler(train_clips, targets["train"]) if args.balanced_sampling else None,
-        class_weights=balanced_class_weights(targets["train"], labels) if args.class_weights else None,
+        train_sampler=BalancedSampler(clips, data.targets("train")) if args.balanced_sampling else None,
+        class_weights=balanced_class_weights(data.targets("train"), data.labels) if args.class_weights else None,
         learning_rates=learning_rates(
             model, args.learning_rate, recipe.model.head_learning_rate, recipe.model.layer_decay
         ),
@@ -132,45 +130,6 @@ def train(recipe: Recipe) -> None:
         recipe=recipe,
         card_template=CARD,
     )
-    if trainer.is_world_process_zero():
-        write_yaml(recipe, folder / "config.yaml")
-    trainer.train(resume_from_checkpoint=checkpoint)
-
-    predictions = {}
-    for split, prefix in {"validation": "eval", "test": "test"}.items():
-        rows = splits[split]
-        exact = ExactFeatures(
-            clips.select(rows), targets[split], extractor, recipe.data.audio_column, recipe.data.channel
-        )
-        output = trainer.predict_in_fp32(in_windows[split](exact), prefix)
-        predictions[split] = predictions_table(index.iloc[rows], output, labels)
-    trainer.end_tracking()
-    if trainer.is_world_process_zero():
-        with writing_to(folder):
-            export_dendritic(model, folder, extractor.stock(), grower and grower.config.activation)
-            heard = clips.select(splits["test"])
-            check_pipeline(folder, heard, recipe.data.audio_column, predictions["test"], loss)
-            write_run(folder, recipe, trainer, labels, predictions, skipped)
-            write_card(folder, CARD)
-        print_summary(folder)
-
-
-def main(recipe: Recipe) -> None:
-    """The recipe's run, after that of its baseline if it asks for one, and then their comparison; each is published."""
-    if not recipe.dendrites.baseline:
-        train(recipe)
-        return hub.publish_finished(recipe.training, CARD)
-    PAICallback(recipe.dendrites.pai)  # what is wrong with it shows before the baseline is trained
-    pair = [recipe.baseline(), recipe]
-    for one in pair:
-        train(one)
-    if recipe.training.process_index == 0:
-        folders = [Path(one.training.output_dir) for one in pair]
-        write_comparison({"baseline": folders[:1], "dendritic": folders[1:]}, folders[1])
-        for one in pair:
-            write_card(Path(one.training.output_dir), CARD)
-    for one, other in zip(pair, reversed(pair), strict=True):
-        hub.publish_finished(one.training, CARD, other.training.hub_model_id)
 
 
 if __name__ == "__main__":

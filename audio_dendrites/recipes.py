@@ -689,6 +689,10 @@ class Recipe:
         training.hub_model_id = training.hub_model_id and f"{training.hub_model_id}-baseline"
         return dataclasses.replace(self, dendrites=DendriteArguments(), training=training)
 
+    def runs(self) -> list["Recipe"]:
+        """The trainings that the recipe asks for, in their order."""
+        return [self.baseline(), self] if self.dendrites.baseline else [self]
+
     def to_dict(self) -> dict[str, Any]:
         """All fields of this project and each chosen field of `TrainingArguments`, as plain YAML types."""
         values = {}

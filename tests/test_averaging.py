@@ -43,7 +43,7 @@ def run(tones, tmp_path):
         folder = tmp_path / name
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(RECIPE | {"dataset": str(tones), "output_dir": str(folder)} | changes))
-        train.train(parse_recipe([str(path)]))
+        train.main(parse_recipe([str(path)]))
         return folder
 
     return train_it

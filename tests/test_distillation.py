@@ -52,7 +52,7 @@ def run(tones, tmp_path, monkeypatch):
         fields = RECIPE | {"dataset": str(tones), "output_dir": str(tmp_path / name)} | changes
         path.write_text(yaml.safe_dump(fields))
         given.clear()
-        train.train(parse_recipe([str(path)]))
+        train.main(parse_recipe([str(path)]))
         return tmp_path / name
 
     train_it.given = given

@@ -76,19 +76,15 @@ def test_binary_cross_entropy_is_the_mean_over_clips_and_classes():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"loss": "cross_entropy", "metric_for_best_model": "mAP"}, "loss: found cross_entropy"),
-        (
-            {"label_smoothing_factor": 0.1, "metric_for_best_model": "mAP"},
-            "label_smoothing_factor must be 0 with loss: bce",
-        ),
-        ({}, "metric_for_best_model: found accuracy, wanted mAP or loss"),
-        ({"metric_for_best_model": "eval_macro_f1"}, "metric_for_best_model: found macro_f1"),
+        (["--loss", "cross_entropy"], "loss must be bce or auto for clips with lists of labels, got cross_entropy"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor must be 0 with loss: bce"),
+        (["--metric_for_best_model", "eval_accuracy"], "metric_for_best_model must be one of mAP, loss for clips with"),
+        (["--pai", '{"metric": "macro_f1"}'], "pai: metric must be one of mAP, loss for clips .* got macro_f1"),
     ],
 )
-def test_what_multi_label_clips_cannot_have_is_an_error(fields, message):
-    arguments = RunArguments("x", **fields)
+def test_what_multi_label_clips_cannot_have_is_an_error_before_the_features(recipe, fields, message):
     with pytest.raises(UserError, match=message):
-        resolve_loss(arguments, multi_label=True)
+        train.main(parse_recipe([recipe, *fields]))
 
 
 def test_auto_is_the_loss_of_the_labels():
@@ -140,7 +136,7 @@ def recipe(chords, tmp_path):
 
 
 def test_a_multi_label_run_ends_with_a_model_whose_pipeline_gives_sigmoids(recipe, tmp_path, capsys):
-    train.train(parse_recipe([recipe]))
+    train.main(parse_recipe([recipe]))
     folder = tmp_path / "run"
     metrics = json.loads((folder / "metrics.json").read_text())
     predictions = pandas.read_parquet(folder / "predictions.parquet")
@@ -166,7 +162,7 @@ def test_a_multi_label_run_ends_with_a_model_whose_pipeline_gives_sigmoids(recip
 
 
 def test_one_class_against_the_rest_is_the_sigmoid_too(recipe, tmp_path, capsys):
-    train.train(
+    train.main(
         parse_recipe(
             [recipe, "--label_column", "kind", "--loss", "bce", "--metric_for_best_model", "accuracy", "--architecture",
              "cnn14", "--model_config", json.dumps(TINY_CNN14)]

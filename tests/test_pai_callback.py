@@ -689,7 +689,7 @@ def test_a_recipe_with_a_pai_block_grows_and_resumes(tones, tmp_path):
     }  # fmt: skip
     for name in ("whole", "again"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(tmp_path / name)}))
-    train.train(parse_recipe([str(tmp_path / "whole.yaml")]))
+    train.main(parse_recipe([str(tmp_path / "whole.yaml")]))
     metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     exported = AutoModelForAudioClassification.from_pretrained(tmp_path / "whole", trust_remote_code=True)
     assert exported.config.model_type == "dendritic-audio-spectrogram-transformer"
@@ -699,7 +699,7 @@ def test_a_recipe_with_a_pai_block_grows_and_resumes(tones, tmp_path):
         > json.loads(next((tmp_path / "whole").glob("checkpoint-4/" + STATE_FILE)).read_text())["base_parameters"]
     )
     checkpoint = tmp_path / "whole" / "checkpoint-4"
-    train.train(parse_recipe([str(tmp_path / "again.yaml"), "--resume_from_checkpoint", str(checkpoint)]))
+    train.main(parse_recipe([str(tmp_path / "again.yaml"), "--resume_from_checkpoint", str(checkpoint)]))
     assert_same(*(load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again")))
 
 

@@ -132,7 +132,7 @@ def test_a_shipped_recipe_runs(path, data, pretrained, tmp_path, monkeypatch):
         options["model"] = pretrained[recipe.model.model]
     else:
         options["model_config"] = json.dumps(TINY[recipe.model.architecture])
-    train.train(
+    train.main(
         parse_recipe([str(path), *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
     )
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -175,7 +175,7 @@ def run(tones, tmp_path):
     def train_(**changes):
         recipe = RECIPE | {"dataset": str(tones), "output_dir": str(tmp_path / "run")} | changes
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        train.train(parse_recipe([str(tmp_path / "recipe.yaml")]))
+        train.main(parse_recipe([str(tmp_path / "recipe.yaml")]))
         return tmp_path / "run"
 
     return train_

@@ -120,7 +120,7 @@ def recipe(tones, tmp_path):
 def test_long_clips_are_scored_whole_alike_by_the_run_by_two_processes_and_by_predict(
     recipe, tmp_path, capsys, monkeypatch
 ):
-    train.train(parse_recipe([recipe]))
+    train.main(parse_recipe([recipe]))
     predictions = pandas.read_parquet(tmp_path / "run" / "predictions.parquet").set_index("clip")
     logits = np.stack(predictions["logits"])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -165,12 +165,16 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Batched
     )  # fmt: skip
 
 
-def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> None:
+def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> PreTrainedModel:
     """Find out, before any data is read, whether the model can do what the recipe asks of it.
 
+    Returns:
+        The model on the meta device, that is without weights. Its classes are those of the pretrained model or of the
+        recipe; they are two if neither lists them.
+
     Raises:
-        UserError: As `load_model`, but for the weights; an augmentation needs another kind of input; or the model
-            has no gradient checkpointing.
+        UserError: As `load_model`, an augmentation needs another kind of input, or the model has no gradient
+            checkpointing.
     """
     recipe.augmentation.settings(recipe.model.waveform)
     sizes = {"time_mask": "max_length", "frequency_mask": "num_mel_bins", "frequency_shift": "num_mel_bins"}
@@ -184,8 +188,10 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
             f"unfreeze_last_layers: found {recipe.model.unfreeze_last_layers}, which freezes the mel filters that "
             f"trainable_filters: true wants trained"
         )
-    family, _, config = _resolve(["", " "], recipe.model, extractor)
-    with torch.device("meta"):  # a model without weights
+    pretrained = None if recipe.model.model is None else _pretrained_config(recipe.model)
+    labels = recipe.data.labels or ["", " "] if pretrained is None else list(pretrained.id2label.values())
+    family, _, config = _resolve(labels, recipe.model, extractor)
+    with torch.device("meta"):
         model = _set_up(family.model(config), recipe.model, extractor)
     network = getattr(model, "backbone", model)
     if recipe.augmentation.augment_after_norm and not isinstance(network, CNN14ForAudioClassification):
@@ -194,6 +200,9 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
         raise UserError("distill_from must be none with augment_after_norm, which the teacher would not follow")
     if recipe.training.activation_checkpointing and not network.supports_gradient_checkpointing:
         raise UserError(f"activation_checkpointing: found true, which {type(network).__name__} does not support")
+    if pretrained is not None:
+        load_model(labels, recipe.model, extractor)
+    return model.to("meta")
 
 
 def load_model(
@@ -230,15 +239,18 @@ def load_model(
 
 
 def load_teacher(
-    name: str, labels: Sequence[str], extractor: BatchedASTFeatureExtractor | Waveforms, loss: str
+    name: str,
+    labels: Sequence[str] | None,
+    extractor: BatchedASTFeatureExtractor | Waveforms,
+    loss: str | None,
 ) -> PreTrainedModel:
     """A trained model whose scores another one learns from.
 
     Args:
         name: Finished run folder or Hub id.
-        labels: Class names in the order of the logits.
+        labels: Class names in the order of the logits; None accepts any.
         extractor: What the batches are made with.
-        loss: cross_entropy or bce, of the training; a teacher of the other has no scores for it.
+        loss: cross_entropy or bce, of the training; a teacher of the other has no scores for it. None accepts both.
 
     Returns:
         The model, float32, on the CPU, for evaluation, without gradients.
@@ -250,11 +262,11 @@ def load_teacher(
         teacher, heard = load_finished(name)
     except UserError as error:
         raise UserError(f"distill_from: {error}") from error
-    found, wanted = list(teacher.config.id2label.values()), list(labels)
-    if found != wanted:
-        raise UserError(f"distill_from: {name} has the classes {', '.join(found)}, wanted {', '.join(wanted)}")
+    found = list(teacher.config.id2label.values())
+    if labels is not None and found != list(labels):
+        raise UserError(f"distill_from: {name} has the classes {', '.join(found)}, but the recipe {', '.join(labels)}")
     own = "bce" if teacher.config.problem_type == "multi_label_classification" else "cross_entropy"
-    if own != loss:
+    if loss not in (None, own):
         raise UserError(f"distill_from: {name} was trained with the loss {own}, wanted {loss}, as the recipe")
     given, wanted = heard.to_dict(), extractor.stock().to_dict()
     given.pop("auto_map", None)  # names code, which did not run

@@ -217,18 +217,7 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, token: str | None = None, i
     Raises:
         UserError: If the repository does not exist, cannot be read, or has no checkpoint.
     """
-    try:
-        patterns = [f"{LAST_CHECKPOINT}/*", f"{BEST_CHECKPOINT}/*"]
-        snapshot = Path(snapshot_download(repo_id, allow_patterns=patterns, token=token, max_workers=1))  # as in `push`
-    except (HfHubHTTPError, httpx.HTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"resume_from_checkpoint: {repo_id} is not a folder, and the Hub did not give it: {reason(error)}"
-        ) from error
-    if not (snapshot / LAST_CHECKPOINT / "trainer_state.json").is_file():
-        raise UserError(
-            f"resume_from_checkpoint: {repo_id} has no {LAST_CHECKPOINT}/ on the Hub. Only a training with "
-            f"hub_strategy: checkpoint has one, and only until it ends"
-        )
+    snapshot = download_checkpoint(repo_id, token)
     state = read_json(snapshot / LAST_CHECKPOINT / "trainer_state.json")
     steps = [state.get(name) or 0 for name in ("global_step", "best_global_step")]
     if wrong := [step for step in steps if not isinstance(step, int)]:  # a text could lead out of the run folder
@@ -241,6 +230,34 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, token: str | None = None, i
             _copy_checkpoint(snapshot / BEST_CHECKPOINT, best, best)
         _copy_checkpoint(snapshot / LAST_CHECKPOINT, last, best)
     return last
+
+
+def download_checkpoint(repo_id: str, token: str | None = None) -> Path:
+    """Download the last checkpoint of a training, and its best one, into the Hub's cache.
+
+    Args:
+        repo_id: owner/name.
+        token: Defaults to the token of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        The folder of the cache that holds them.
+
+    Raises:
+        UserError: If the repository does not exist, cannot be read, or has no checkpoint.
+    """
+    try:
+        patterns = [f"{LAST_CHECKPOINT}/*", f"{BEST_CHECKPOINT}/*"]
+        snapshot = Path(snapshot_download(repo_id, allow_patterns=patterns, token=token, max_workers=1))  # as in `push`
+    except (HfHubHTTPError, httpx.HTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"resume_from_checkpoint: {repo_id} is not a folder, and the Hub did not give it: {reason(error)}"
+        ) from error
+    if not (snapshot / LAST_CHECKPOINT / "trainer_state.json").is_file():
+        raise UserError(
+            f"resume_from_checkpoint: {repo_id} has no {LAST_CHECKPOINT}/ on the Hub. Only a training with "
+            f"hub_strategy: checkpoint has one, and only until it ends"
+        )
+    return snapshot
 
 
 def _copy_checkpoint(source: Path, target: Path, best: Path) -> None:

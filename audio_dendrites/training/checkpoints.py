@@ -6,7 +6,7 @@ import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from audio_dendrites.errors import UserError
 from audio_dendrites.publishing import hub
 from audio_dendrites.recipes import Recipe, parse_recipe
+from audio_dendrites.training.process import one_process_first
 
 logger = logging.getLogger(__name__)
 
@@ -37,38 +38,70 @@ class CheckpointError(RuntimeError):
     """A checkpoint does not hold just the tensors of the model."""
 
 
-def check_run_folder(recipe: Recipe, model: nn.Module) -> None:
-    """Check before the training that the run folder is this run's, can be written and has space for the checkpoints.
+def check_run_folder(recipe: Recipe) -> None:
+    """Check that the run folder can be written and does not hold another run.
 
     Raises:
-        UserError: The folder holds a run of another recipe, it cannot be written, or the disk is too full.
+        UserError: The folder cannot be written, or it holds a run of another recipe.
     """
-    folder, args = Path(recipe.training.output_dir), recipe.training
+    folder = Path(recipe.training.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            disk = shutil.disk_usage(folder)
+            pass
     except OSError as error:
         raise UserError(
             f"output_dir: {folder} cannot be written ({error.strerror}); choose another --output_dir"
         ) from error
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    # A checkpoint holds the weights, their moving average if there is one, and Adam's two moments; one more than the
-    # limit exists while the oldest is deleted.
-    checkpoint = weights * (1 if args.ema_decay is None else 2) + 2 * trained
-    needed = weights + ((args.save_total_limit or 1) + 1) * checkpoint
-    if disk.free < needed:
-        raise UserError(
-            f"output_dir: the disk of {folder} has {disk.free / 1e9:.2f} GB left, and the run needs about "
-            f"{needed / 1e9:.2f} GB. Free some space, choose another --output_dir, or set --save_total_limit 1"
-        )
     holds_run = (folder / "metrics.json").exists() or last_checkpoint(folder)
-    if holds_run and args.resume_from_checkpoint is None and (changed := _changes(recipe, folder / "config.yaml")):
+    named = recipe.training.resume_from_checkpoint
+    if holds_run and named is None and (changed := _changes(recipe, folder / "config.yaml")):
         raise UserError(
             f"output_dir: {folder} holds a run of another recipe: {'; '.join(changed)}. Choose another --output_dir, "
             f"delete the folder, or resume from it anyway with --resume_from_checkpoint {folder}/checkpoint-…"
         )
+
+
+def check_disk(runs: Sequence[tuple[TrainingArguments, nn.Module]]) -> None:
+    """Find out whether the disk holds what is still to be written.
+
+    Args:
+        runs: The arguments and the model of each run, all with run folders on one disk.
+
+    Raises:
+        UserError: The disk is too full.
+    """
+    needed, largest = 0, 0
+    for args, model in runs:
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        # A checkpoint holds the weights, their moving average if there is one, and Adam's two moments.
+        checkpoint = weights * (1 if args.ema_decay is None else 2) + 2 * trained
+        written = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
+        needed += max(0, weights + (args.save_total_limit or 1) * checkpoint - written)
+        largest = max(largest, checkpoint)  # one more than the limit exists while the oldest is deleted
+    folder = Path(runs[0][0].output_dir)
+    if (free := shutil.disk_usage(folder).free) < needed + largest:
+        raise UserError(
+            f"output_dir: the disk of {folder} has {free / 1e9:.2f} GB left, and the checkpoints need about "
+            f"{(needed + largest) / 1e9:.2f} GB (runs to train: {len(runs)}); free some, choose another --output_dir, "
+            f"or keep fewer checkpoints with --save_total_limit 1"
+        )
+
+
+def check_resumption(args: TrainingArguments) -> None:
+    """Find out whether the checkpoint that the recipe names exists and is complete; one of the Hub is downloaded.
+
+    Raises:
+        UserError: It does not exist or is not complete.
+    """
+    if (name := args.resume_from_checkpoint) is None:
+        return
+    if _is_on_hub(name):
+        with one_process_first(args, "downloading the checkpoint"):
+            hub.download_checkpoint(name, args.hub_token)
+    elif fault := _fault(Path(name)):
+        raise UserError(f"resume_from_checkpoint: {name}: {fault}")
 
 
 def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
@@ -77,20 +110,18 @@ def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
     A checkpoint on the Hub is downloaded into the run folder.
 
     Raises:
-        UserError: The named checkpoint does not exist, is incomplete, or is of other classes.
+        UserError: The named checkpoint is of other classes, or as in `check_resumption`.
     """
-    if args.resume_from_checkpoint is None:
+    if (name := args.resume_from_checkpoint) is None:
         folder = last_checkpoint(Path(args.output_dir))
         if folder is None:
             return None
         logger.info("Checkpoint found, resuming from %s.", folder)
         return str(folder)
-    folder = Path(args.resume_from_checkpoint)
-    if not folder.exists() and re.fullmatch(HUB_ID, args.resume_from_checkpoint):
-        with args.main_process_first(desc="fetching the checkpoint"):
-            folder = hub.fetch_checkpoint(
-                args.resume_from_checkpoint, Path(args.output_dir), args.hub_token, args.local_process_index == 0
-            )
+    folder = Path(name)
+    if _is_on_hub(name):
+        with one_process_first(args, "fetching the checkpoint"):
+            folder = hub.fetch_checkpoint(name, Path(args.output_dir), args.hub_token, args.local_process_index == 0)
     if fault := _fault(folder):
         raise UserError(f"resume_from_checkpoint: {folder}: {fault}")
     classes = list(json.loads((folder / "config.json").read_text())["id2label"].values())
@@ -100,6 +131,10 @@ def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
             f"the recipe has {len(labels)} ({', '.join(labels)}). To start from its weights, use --model {folder}"
         )
     return str(folder)
+
+
+def _is_on_hub(checkpoint: str) -> bool:
+    return not Path(checkpoint).exists() and re.fullmatch(HUB_ID, checkpoint) is not None
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -126,7 +161,8 @@ def _changes(recipe: Recipe, saved: Path) -> list[str]:
     return [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted((then.keys() | now.keys()) - CHANGE_NO_RESULT)
-        if then.get(key) != now.get(key)
+        # config.yaml has the number that `auto` stood for.
+        if then.get(key) != now.get(key) and (now.get(key), type(then.get(key))) != ("auto", float)
     ]
 
 

@@ -8,7 +8,7 @@ from sklearn.utils import compute_class_weight
 from torch import nn
 
 from audio_dendrites.errors import UserError
-from audio_dendrites.recipes import RunArguments
+from audio_dendrites.recipes import SCORES, Recipe, RunArguments
 
 
 def resolve_loss(args: RunArguments, multi_label: bool) -> str:
@@ -22,16 +22,12 @@ def resolve_loss(args: RunArguments, multi_label: bool) -> str:
         cross_entropy or bce.
 
     Raises:
-        UserError: The loss cannot be had for such labels or with label smoothing, or the metric that chooses the
-            checkpoint cannot.
+        UserError: The loss does not fit such labels, or label smoothing does not fit the loss.
     """
     loss = args.loss if args.loss != "auto" else "bce" if multi_label else "cross_entropy"
     if multi_label and loss == "cross_entropy":
-        raise UserError("loss: found cross_entropy, but the clips have lists of labels: wanted bce or auto")
+        raise UserError("loss must be bce or auto for clips with lists of labels, got cross_entropy")
     args.check_loss(loss)
-    metric = str(args.metric_for_best_model).removeprefix("eval_")
-    if multi_label and metric in ("accuracy", "macro_f1"):
-        raise UserError(f"metric_for_best_model: found {metric}, wanted mAP or loss: the clips have lists of labels")
     return loss
 
 
@@ -58,6 +54,24 @@ def balanced_class_weights(targets: np.ndarray, labels: Sequence[str]) -> np.nda
             f"take the label out of `labels`, or leave class_weights out"
         )
     return compute_class_weight("balanced", classes=np.arange(len(labels)), y=found)
+
+
+def check_metrics(recipe: Recipe, multi_label: bool) -> None:
+    """Find out whether evaluations report the metrics that choose the checkpoint and the moments of growth.
+
+    Args:
+        recipe: The run's.
+        multi_label: Whether clips have lists of labels; False also where this is not known yet.
+
+    Raises:
+        UserError: They do not.
+    """
+    reported = [*(["mAP"] if multi_label else SCORES), "loss"]
+    growth = (recipe.dendrites.pai or {}).get("metric")
+    for field, metric in (("metric_for_best_model", recipe.training.metric_for_best_model), ("pai: metric", growth)):
+        if metric is not None and str(metric).removeprefix("eval_") not in reported:
+            clips = " for clips with lists of labels" if multi_label else ""
+            raise UserError(f"{field} must be one of {', '.join(reported)}{clips}, got {metric}")
 
 
 def distilled_labels(labels: torch.Tensor, logits: torch.Tensor, share: float, loss: str) -> torch.Tensor:

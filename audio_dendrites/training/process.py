@@ -2,11 +2,15 @@
 
 import logging
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import joblib
 import torch
+from torch import distributed
 from transformers import TrainingArguments
 
 from audio_dendrites.errors import UserError
@@ -20,7 +24,8 @@ def prepare_process(args: TrainingArguments) -> None:
     Every launcher gives a process on the CPU one thread. A value of `OMP_NUM_THREADS` above 1 is kept.
 
     Raises:
-        UserError: A launcher started several processes, but each of them sees only itself.
+        UserError: A launcher started several processes, but each of them sees only itself; or one process sees several
+            GPUs.
     """
     if args.process_index:
         logging.getLogger("audio_dendrites").setLevel(logging.ERROR)
@@ -29,6 +34,13 @@ def prepare_process(args: TrainingArguments) -> None:
         raise UserError(
             f"{started} processes were started, but each of them sees only itself and would write the same run "
             f"folder. On the CPU of a machine with a GPU, add --use_cpu"
+        )
+    if args.n_gpu > 1:  # then the Trainer wraps the model in nn.DataParallel and adds up the losses of the GPUs
+        script = Path(sys.argv[0]).name
+        raise UserError(
+            f"one process sees {args.n_gpu} GPUs. Start one process for each GPU with `torchrun --standalone "
+            f"--nproc_per_node {args.n_gpu} {script} …`, or train on one GPU with `CUDA_VISIBLE_DEVICES=0 python "
+            f"{script} …`"
         )
     if args.world_size == 1 and _several_were_requested():
         logger.warning(
@@ -67,3 +79,46 @@ def _several_were_requested() -> bool:
     by_accelerate = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= found and "WORLD_SIZE" not in found
     by_srun = "SLURM_PROCID" in found and int(os.environ.get("SLURM_NTASKS", 1)) > 1
     return by_accelerate or by_srun
+
+
+@contextmanager
+def one_process_first(args: TrainingArguments, doing: str) -> Iterator[None]:
+    """Run a `with` block in one process of each machine, and then in its other processes, which find full caches.
+
+    All processes leave the block together, however long it takes. In `TrainingArguments.main_process_first` they wait
+    in a barrier, which fails after `ddp_timeout`.
+
+    Args:
+        args: The training's; only their `output_dir` and the numbers of the processes are used.
+        doing: What the block does, for the messages: "loading the data". A run uses each text once.
+
+    Raises:
+        UserError: The block failed in another process.
+    """
+    if args.world_size == 1:
+        yield
+        return
+    # Unlike a collective, the store that connects the processes has no timeout between two calls.
+    store, key = distributed.distributed_c10d._get_default_store(), f"{args.output_dir}: {doing}"
+    own, first = args.process_index, args.process_index - args.local_process_index
+    if own != first:
+        _wait_for(store, key, f"process {first}", 1)
+    try:
+        yield
+    except BaseException as error:
+        store.set(f"{key}: failure", f"process {own} failed while {doing}: {str(error) or type(error).__name__}")
+        raise
+    for counter in (f"process {own}", "all"):
+        store.add(f"{key}: {counter}", 1)
+    _wait_for(store, key, "all", args.world_size)
+
+
+def _wait_for(store: distributed.Store, key: str, counter: str, count: int) -> None:
+    """Wait until a counter of `one_process_first` is at `count`; raise a UserError if a process failed."""
+    try:
+        while store.add(f"{key}: {counter}", 0) < count:
+            if store.check([f"{key}: failure"]):
+                raise UserError(store.get(f"{key}: failure").decode())
+            time.sleep(0.2)
+    except distributed.DistNetworkError as error:
+        raise UserError(f"{key}: the process that connects the others has ended; its own message says why") from error

@@ -272,12 +272,11 @@ class AudioTrainer(Trainer):
             set_default_mode(*Path(output_dir).glob("*.safetensors"))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Ask the Hub before the training, so that what is wrong with it is said early."""
+        """Delete what a killed run was about to push. `preflight` has made the repository."""
         self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None
         if self.is_world_process_zero():
-            for left_over in Path(self.args.output_dir).glob(f"{PUSH_FOLDER}*"):  # of a run that was killed
+            for left_over in Path(self.args.output_dir).glob(f"{PUSH_FOLDER}*"):
                 shutil.rmtree(left_over)
-            hub.ask(self.args)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: the card is `model_card`'s, and the Trainer's own never takes its place."""

@@ -1,0 +1,130 @@
+"""What a run trains on and is scored on: its clips, their features, and how they are divided."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+from joblib import cpu_count
+from pandas import DataFrame
+
+from audio_dendrites.data.clips import load_clips
+from audio_dendrites.data.features import (
+    BatchedASTFeatureExtractor,
+    ClipFeatures,
+    ExactFeatures,
+    Waveforms,
+    extract_features,
+    feature_lengths,
+)
+from audio_dendrites.data.splits import class_names, drop_bad_clips, encode_labels, is_multi_label, split_by_fold
+from audio_dendrites.data.stats import log_mel_moments, with_statistics
+from audio_dendrites.data.windows import ClipWindows
+from audio_dendrites.models.loading import load_extractor
+from audio_dendrites.recipes import Recipe
+from audio_dendrites.training.losses import check_metrics, resolve_loss
+from audio_dendrites.training.process import one_process_first
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The clips of a run.
+
+    Attributes:
+        recipe: The run's.
+        extractor: What computed the features.
+        sound: All clips of the data set, not decoded.
+        index: Row by row the same clips, as `load_clips` describes them.
+        features: Row by row the same clips, as `extract_features` stores them.
+        splits: The rows of `train`, `validation` and `test`, without the clips that cannot be read.
+        skipped: For each split that lacks clips, what is wrong with each of them.
+        labels: Class names in the order of the logits.
+        loss: cross_entropy or bce.
+    """
+
+    recipe: Recipe
+    extractor: BatchedASTFeatureExtractor | Waveforms
+    sound: datasets.Dataset
+    index: DataFrame
+    features: datasets.Dataset
+    splits: dict[str, np.ndarray]
+    skipped: dict[str, list[str]]
+    labels: list[str]
+    loss: str
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """Fields of the model's configuration that tell `pipeline` how to score clips."""
+        args = self.recipe.training
+        settings = {"window_overlap": args.window_overlap, "window_aggregation": args.window_aggregation}
+        settings |= {"channel": self.recipe.data.channel}  # for predict.py
+        return settings | ({"problem_type": "multi_label_classification"} if self.loss == "bce" else {})
+
+    def targets(self, split: str) -> np.ndarray:
+        """Class numbers (clips,) of a split, or 0 and 1, (clips, classes), if clips have lists of labels."""
+        return encode_labels(self.index["label"].iloc[self.splits[split]], self.labels)
+
+    def clips(self, split: str) -> ClipFeatures:
+        """The clips of a split at their own length, with float16 features from the cache."""
+        features = self.features.select(self.splits[split])
+        return ClipFeatures(features, self.targets(split), self.extractor.row_width)
+
+    def windows(self, split: str, exact: bool = False) -> ClipWindows:
+        """The windows of a split's clips.
+
+        Args:
+            split: train, validation or test.
+            exact: Compute the features anew in float32, as `pipeline` will see them.
+        """
+        rows, args = self.splits[split], self.recipe.training
+        column, channel = self.recipe.data.audio_column, self.recipe.data.channel
+        clips = self.clips(split)
+        if exact:
+            clips = ExactFeatures(self.sound.select(rows), self.targets(split), self.extractor, column, channel)
+        lengths = feature_lengths(self.features, self.extractor.row_width)[rows]
+        layout = self.extractor.window_layout
+        return ClipWindows(clips, lengths, layout, args.window_overlap, args.window_aggregation)
+
+
+def load_data(recipes: Sequence[Recipe]) -> dict[str, RunData]:
+    """Load the clips of runs that differ at most in their folds, seeds, dendrites and run folders.
+
+    Returns:
+        The data of each run by its `output_dir`.
+
+    Raises:
+        UserError: The data set cannot be loaded, or does not have what one of the runs asks of it.
+    """
+    if not recipes:
+        return {}
+    data, args = recipes[0].data, recipes[0].training
+    extractor = load_extractor(recipes[0].model, recipes[0].features)
+    with one_process_first(args, "loading the data"):
+        sound, index = load_clips(data)
+    multi_label = is_multi_label(index["label"])
+    divided = []
+    for recipe in recipes:
+        splits = split_by_fold(index, recipe.data)
+        check_metrics(recipe, multi_label)
+        divided.append((splits, class_names(index, splits, recipe.data), resolve_loss(recipe.training, multi_label)))
+    workers, extractors, features = data.preprocessing_num_workers or cpu_count(), [extractor] * len(recipes), {}
+    with one_process_first(args, "computing the features"):
+        if recipes[0].features.needs_statistics:
+            moments = log_mel_moments(sound, data, extractor)
+            recipes = [
+                with_statistics(one, moments, rows["train"]) for one, (rows, _, _) in zip(recipes, divided, strict=True)
+            ]
+            extractors = [load_extractor(recipe.model, recipe.features) for recipe in recipes]
+        for extractor in extractors:
+            if (key := str(extractor.cache_key)) not in features:
+                features[key] = extract_features(
+                    sound, extractor, data.audio_column, data.clip_column, num_proc=workers, channel=data.channel
+                )
+    found = {}
+    for recipe, extractor, (splits, labels, loss) in zip(recipes, extractors, divided, strict=True):
+        own = features[str(extractor.cache_key)]
+        splits, skipped = drop_bad_clips(splits, own["error"], recipe.data.on_bad_clip)
+        run = RunData(recipe, extractor, sound, index, own, splits, skipped, labels, loss)
+        found[recipe.training.output_dir] = run
+    return found

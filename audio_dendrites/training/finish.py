@@ -1,0 +1,40 @@
+"""The end of a run: score the test fold once and write the run folder."""
+
+from pathlib import Path
+
+from audio_dendrites.files import writing_to
+from audio_dendrites.publishing.card import write_card
+from audio_dendrites.publishing.check import check_pipeline
+from audio_dendrites.publishing.export import export_dendritic
+from audio_dendrites.results.report import print_summary, write_run
+from audio_dendrites.results.scores import predictions_table
+from audio_dendrites.training.data import RunData
+from audio_dendrites.training.trainer import AudioTrainer
+
+
+def finish(trainer: AudioTrainer, data: RunData, card_template: Path) -> None:
+    """Score the validation and test clips, and write the model, the figures and the card into the run folder.
+
+    The scores are those of `pipeline`: of features and weights in float32. The first process writes.
+
+    Args:
+        trainer: After the training.
+        data: The run's.
+        card_template: Jinja template of the model card.
+    """
+    recipe, folder = data.recipe, Path(trainer.args.output_dir)
+    predictions = {}
+    for split, prefix in {"validation": "eval", "test": "test"}.items():
+        output = trainer.predict_in_fp32(data.windows(split, exact=True), prefix)
+        predictions[split] = predictions_table(data.index.iloc[data.splits[split]], output, data.labels)
+    trainer.end_tracking()
+    if not trainer.is_world_process_zero():
+        return
+    with writing_to(folder):
+        grower = getattr(trainer, "pai_callback", None)
+        export_dendritic(trainer.model, folder, trainer.processing_class, grower and grower.config.activation)
+        heard = data.sound.select(data.splits["test"])
+        check_pipeline(folder, heard, recipe.data.audio_column, predictions["test"], data.loss)
+        write_run(folder, recipe, trainer, data.labels, predictions, data.skipped)
+        write_card(folder, card_template)
+    print_summary(folder)

@@ -1,0 +1,198 @@
+"""What is wrong with a run of a command shows before the first run trains, and no process times out before it does."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, TINY_AST, TINY_CNN14, TINY_VIT, TONES
+from datasets import Dataset
+from torch import nn
+from transformers import ASTConfig, ASTFeatureExtractor
+
+import crossval
+import train
+from audio_dendrites.errors import UserError
+from audio_dendrites.publishing.export import check_layer
+from audio_dendrites.recipes import parse_recipe
+from audio_dendrites.training import preflight
+from pai_callback import PAIConfig, PAIError
+
+RECIPE = TONES | {
+    "dataset": "nowhere.parquet", "max_length": 48, "model_config": TINY_AST, "per_device_train_batch_size": 4,
+    "num_train_epochs": 20, "precision": "fp32", "preprocessing_num_workers": 1, "report_to": ["none"],
+    "baseline": True, "pai": {"max_dendrites": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Writes a recipe with a baseline and dendrites. Its data set does not exist, so that nothing can train."""
+    pytest.importorskip("perforatedai", reason="perforatedai has no wheel for this Python")
+    monkeypatch.chdir(tmp_path)
+
+    def write(**changes) -> str:
+        fields = RECIPE | {"output_dir": str(tmp_path / "runs")} | changes
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({k: v for k, v in fields.items() if v is not None}))
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pai": {"modules": ["clasifier.dense"]}}, "'clasifier.dense'.* did you mean 'classifier.dense'"),
+        ({"pai": {"modules": ["layers.-1.mlp"]}}, "ASTMLP"),
+        ({"pai": {"max_dendrite": 1}}, "unknown field 'max_dendrite'.* did you mean 'max_dendrites'"),
+        ({"pai": None}, "baseline: found true without a `pai` block"),
+        ({"pai": {"metric": "acuracy"}}, "pai: metric must be one of accuracy, macro_f1, mAP, loss, got acuracy"),
+        ({"optim": "adagrad"}, "optim must be an optimizer that can take new parameters .* got adagrad"),
+        ({"optim": "lomo", "pai": None, "baseline": None}, "optim: lomo: You need to install `lomo_optim`"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr: One of min_lr or min_lr_rate"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"eval_strategy": "no", "load_best_model_at_end": False}, "eval_strategy"),
+        ({"label_separator": ",", "loss": "cross_entropy"}, "loss must be bce or auto for clips with lists of labels"),
+        ({"distill_from": "nowhere"}, "distill_from: 'nowhere' is no finished run folder"),
+        ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: nowhere: it was not written"),
+        ({"output_dir": "recipe.yaml/run"}, "output_dir: recipe.yaml/run_baseline cannot be written"),
+        (
+            {"early_stopping_patience": 11, "pai": {"patience": 3}},
+            "early_stopping_patience must be at least 12 .* got 11",
+        ),
+        (
+            {"early_stopping_patience": 8, "pai": {"schedule": "fixed", "interval": 3}},
+            "at least 9 with dendrites, got 8",
+        ),
+    ],
+)
+def test_what_is_wrong_shows_before_data_are_read(recipe, changes, message):
+    with pytest.raises((UserError, PAIError), match=message):
+        train.main(parse_recipe([recipe(**changes)]))
+
+
+def test_pretrained_weights_that_are_missing_show_before_data_are_read(recipe, tmp_path):
+    ASTConfig(**TINY_AST).save_pretrained(tmp_path / "model")
+    ASTFeatureExtractor().save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="model: the weights of .* could not be loaded"):
+        train.main(parse_recipe([recipe(model=str(tmp_path / "model"), model_config=None)]))
+
+
+@pytest.mark.parametrize("waveform", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "fields", "modules", "layers"),
+    [
+        ("ast", TINY_AST, ["layers.-1.mlp.*", "embeddings.*.projection"], 3),
+        ("vit", TINY_VIT, ["layers.*.attention.*", "classifier"], 13),
+        ("cnn14", TINY_CNN14, ["layers.-1.conv2", "fc1"], 2),
+    ],
+)
+def test_two_clips_pass_through_every_family_without_memory(recipe, waveform, architecture, fields, modules, layers):
+    path = recipe(architecture=architecture, model_config=fields, pai={"modules": modules}, waveform=waveform)
+    found = []
+
+    def find_growth(pai, model, batch):
+        assert batch["input_values"].is_meta and all(parameter.is_meta for parameter in model.parameters())
+        found.extend(train.find_growth(pai, model, batch)[1])
+        return train.find_growth(pai, model, batch)
+
+    assert len(preflight.preflight(parse_recipe([path]).runs(), find_growth)) == 2
+    assert len(found) == layers and all(layer.shape[0] == 2 for layer in found)
+
+
+def test_layers_that_no_export_holds_are_named():
+    for layer, axis, message in (
+        (nn.Conv1d(1, 1, 1), -2, r"on nn.Linear or nn.Conv2d layers, got body.0 \(Conv1d\)"),
+        (nn.Linear(1, 1), -2, "on axis -1 of its output, got -2 for body.0"),
+        (nn.Conv2d(1, 1, 1, padding_mode="circular"), -3, "pad with zeros, got circular for body.0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_layer("body.0", layer, axis)
+
+
+def test_all_folds_seeds_and_kinds_are_checked_first_and_the_model_once_a_kind(recipe, tones, tmp_path, monkeypatch):
+    checked = []
+    check_model = preflight.check_model
+    monkeypatch.setattr(preflight, "check_model", lambda *given: checked.append(given) or check_model(*given))
+    other = tmp_path / "runs" / "fold-3-seed-1"
+    other.mkdir(parents=True)
+    (other / "metrics.json").write_text("{}")
+    (other / "config.yaml").write_text("learning_rate: 0.5")
+    with pytest.raises(UserError, match="fold-3-seed-1 holds a run of another recipe"):
+        crossval.main([recipe(), "--seeds", "0", "1"])
+    assert len(checked) == 2
+    (other / "metrics.json").unlink()
+    rows = Dataset.from_parquet(str(tones)).to_list()
+    Dataset.from_list([*rows[:-1], rows[-1] | {"kind": "rare"}]).to_parquet(tones)  # in fold 3 alone
+    with pytest.raises(UserError, match="labels: validation clips have the label 'rare'"):  # when fold 2 is tested
+        crossval.main([recipe(dataset=str(tones))])
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_several_gpus_in_one_process_are_refused_with_the_command_that_uses_them(recipe, monkeypatch):
+    parsed = parse_recipe([recipe(pai=None, baseline=None)])
+    assert parsed.training.n_gpu == 0
+    parsed.training._n_gpu = 2
+    monkeypatch.setattr(sys, "argv", ["train.py", "recipe.yaml"])
+    alternatives = "`torchrun --standalone --nproc_per_node 2 train.py …`.* `CUDA_VISIBLE_DEVICES=0 python train.py …`"
+    with pytest.raises(UserError, match=alternatives):
+        train.main(parsed)
+
+
+# Early stopping and growth
+
+GROWING = sorted((ROOT / "configs").glob("*/*_pai.yaml")) + [ROOT / "configs" / "quickstart.yaml"]
+
+
+@pytest.mark.parametrize("path", GROWING, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_shipped_recipe_can_reach_its_max_dendrites(path, caplog):
+    args, pai = parse_recipe([str(path)]).training, yaml.safe_load(path.read_text())["pai"]
+    config = PAIConfig.from_dict(pai)
+    preflight._check_growth(args, config)
+    assert caplog.text == "" and preflight.evaluations(args) >= 20
+    args.num_train_epochs, args.eval_steps = 2, 0.5
+    preflight._check_growth(args, config)
+    assert f"growth to {config.max_dendrites} dendrites needs at least" in caplog.text and "makes 2." in caplog.text
+
+
+# Several processes
+
+PROGRAM = """
+import sys, time
+from torch import distributed
+from audio_dendrites.errors import UserError
+from audio_dendrites.recipes import RunArguments
+from audio_dendrites.training.process import one_process_first
+
+args = RunArguments(sys.argv[1], use_cpu=True, ddp_timeout=2)
+rank = args.process_index
+with one_process_first(args, "loading the data"):
+    time.sleep(5 * (rank == 0))
+    print(f"rank {rank} loads at {time.monotonic()}", flush=True)
+distributed.barrier()
+try:
+    with one_process_first(args, "computing the features"):
+        if rank == 0:
+            raise UserError("a clip is damaged")
+        print("a rank went on")
+except UserError as error:
+    print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+    time.sleep(2 * (rank == 0))  # before torchrun ends the other one
+    sys.exit(1)
+"""
+
+
+def test_processes_wait_longer_than_ddp_timeout_and_end_with_the_error_of_the_first(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, str(tmp_path / "program.py"), str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    times = dict(re.findall(r"(rank \d) loads at ([\d.]+)", done.stdout))
+    assert float(times["rank 0"]) < float(times["rank 1"]), done.stderr
+    assert done.returncode == 1 and "a rank went on" not in done.stdout
+    assert "rank 0: a clip is damaged" in done.stderr
+    assert "rank 1: process 0 failed while computing the features: a clip is damaged" in done.stderr
