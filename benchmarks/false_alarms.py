@@ -71,14 +71,13 @@ class Study:
 
     def runs_of(self, logits: Sequence[np.ndarray], score: str) -> Runs:
         """What compare.py makes of a side."""
-        scores, influence = [], np.zeros((RECORDINGS, len(logits)))
-        for run, ((fold, _), one) in enumerate(zip(self.cells, logits, strict=True)):
+        found = []
+        for (fold, _), one in zip(self.cells, logits, strict=True):
             mine = self.fold == fold
-            value, slopes = SCORES[score](one, self.references[mine])
-            scores.append(value)
-            influence[:, run] = np.bincount(self.group[mine], slopes, minlength=RECORDINGS)
+            found.append(SCORES[score](one, self.references[mine], self.group[mine], RECORDINGS))
+        scores, effects = zip(*found, strict=True)
         folds, seeds = zip(*self.cells, strict=True)
-        return Runs(np.array(scores), influence, list(map(str, folds)), seeds)
+        return Runs(np.array(scores), np.stack(effects, axis=1), list(map(str, folds)), seeds)
 
 
 def bootstraps(study: Study, sides: Sequence[Sequence[np.ndarray]], times: np.ndarray) -> tuple[bool, bool]:

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
-from functools import partial
 
 import numpy as np
 import pandas
@@ -46,9 +45,6 @@ def test_holm_by_hand():
         assert (one.interval(level)[0] > 0) == (p < 0.05)
 
 
-MACRO_F1 = partial(f1_score, average="macro")
-
-
 def multi_class(clips=60, classes=4, seed=0):
     """Scores, some of them equal, and references of clips of a class each."""
     random = np.random.default_rng(seed)
@@ -57,26 +53,36 @@ def multi_class(clips=60, classes=4, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("name", "theirs"),
+    ("name", "theirs", "error"),
     [
-        ("accuracy", lambda truth, scores, w: accuracy_score(truth.argmax(1), scores.argmax(1), sample_weight=w)),
-        ("macro_f1", lambda truth, scores, w: MACRO_F1(truth.argmax(1), scores.argmax(1), sample_weight=w)),
-        ("mAP", lambda truth, scores, w: average_precision_score(truth, scores, sample_weight=w)),
+        ("accuracy", lambda truth, scores: accuracy_score(truth.argmax(1), scores.argmax(1)), 1e-12),
+        ("macro_f1", lambda truth, scores: f1_score(truth.argmax(1), scores.argmax(1), average="macro"), 1e-12),
+        ("mAP", lambda truth, scores: average_precision_score(truth, scores), 2e-3),
     ],
 )
-def test_scores_are_those_of_scikit_learn_and_influences_their_derivatives(name, theirs):
-    scores, truth = multi_class()
-    value, influence = statistics.SCORES[name](scores, truth)
-    assert value == pytest.approx(theirs(truth, scores, np.ones(60)))
-    for clip, step in enumerate(1e-5 * np.eye(60)):
-        slope = (theirs(truth, scores, 1 + step) - theirs(truth, scores, 1 - step)) / 2e-5
-        assert influence[clip] == pytest.approx(slope, abs=1e-8)
+def test_scores_with_and_without_each_recording_are_those_of_scikit_learn(name, theirs, error):
+    scores, truth = multi_class(200)
+    recordings = np.random.default_rng(4).integers(40, size=200)
+    value, effects = statistics.SCORES[name](scores, truth, recordings, 42)
+    assert value == pytest.approx(theirs(truth, scores)) and effects[40:].tolist() == [0, 0]  # no clips of theirs
+    for recording in range(40):
+        kept = recordings != recording
+        assert effects[recording] == pytest.approx(value - theirs(truth[kept], scores[kept]), abs=error)
 
 
-def runs_of(scores, influence=None, folds=None, seeds=None):
+def test_a_class_of_one_recording_is_gone_without_it():
+    # Clip 1 takes class 0 before clip 0: accuracy 2/3, then 1/2. Both F1 are 2/3, then 0 and 2/3. The average
+    # precisions are 1/2 and 1, then 1.
+    scores, truth = np.array([[1.0, 0.0], [2.0, 1.0], [0.0, 2.0]]), np.array([[1, 0], [0, 1], [0, 1]])
+    found = [score(scores, truth, np.arange(3), 3) for score in statistics.SCORES.values()]
+    assert [value for value, _ in found] == pytest.approx([2 / 3, 2 / 3, 3 / 4])
+    assert [effects[0] for _, effects in found] == pytest.approx([1 / 6, 1 / 3, -1 / 4])
+
+
+def runs_of(scores, effects=None, folds=None, seeds=None):
     runs = len(scores)
-    influence = np.zeros((50, runs)) if influence is None else np.asarray(influence, float)
-    return Runs(np.asarray(scores, float), influence, folds or ["1"] * runs, seeds or list(range(runs)))
+    effects = np.zeros((50, runs)) if effects is None else np.asarray(effects, float)
+    return Runs(np.asarray(scores, float), effects, folds or ["1"] * runs, seeds or list(range(runs)))
 
 
 @pytest.mark.parametrize("name", ["accuracy", "mAP"])
@@ -87,19 +93,19 @@ def test_for_two_models_the_interval_is_that_of_a_bootstrap_of_recordings(name):
     score = statistics.SCORES[name]
     sides = []
     for scores in (first, second):
-        value, influence = score(scores, truth)
-        sides.append(runs_of([value], np.bincount(recording, influence)[:, None]))
+        value, effects = score(scores, truth, recording, 100)
+        sides.append(runs_of([value], effects[:, None]))
     found = difference(*sides)
 
     def resampled(recordings):
         rows = (4 * recordings[:, None] + np.arange(4)).ravel()
-        return score(second[rows], truth[rows])[0] - score(first[rows], truth[rows])[0]
+        return np.subtract(*(score(scores[rows], truth[rows], recording[rows], 100)[0] for scores in (second, first)))
 
     theirs = stats.bootstrap(
         (np.arange(100),), resampled, n_resamples=1500, vectorized=False, method="percentile", rng=0
     )
     assert found.interval() == pytest.approx(theirs.confidence_interval, abs=0.006) and not found.over_runs
-    assert found.value == pytest.approx(score(second, truth)[0] - score(first, truth)[0]) and found.effect_size is None
+    assert found.value == pytest.approx(sides[1].scores[0] - sides[0].scores[0]) and found.effect_size is None
     assert found.interval(1 - found.p)[0] == pytest.approx(0, abs=1e-9) and found.p < 0.05
 
 
@@ -124,11 +130,11 @@ def test_runs_alone_are_compared_by_students_t():
 
 def test_what_recordings_move_in_all_runs_alike_is_added_to_the_scatter_of_runs():
     # Two pairs of runs, three recordings. By hand: the differences are 0.1 and 0.3, their variance 0.02, of the mean
-    # 0.01. Each difference has the influences (a, -a, 0) and (b, 0, -b).
+    # 0.01. Recordings have the effects (a, -a, 0) and (b, 0, -b) on them.
     a, b = 0.06, 0.03
     reference, other = runs_of([0.5, 0.5], np.zeros((3, 2))), runs_of([0.6, 0.8], [[a, b], [-a, 0], [0, -b]])
-    both = 3 / 2 * ((a + b) ** 2 + a**2 + b**2) / 4
-    apart = 3 / 2 * ((a - b) ** 2 + a**2 + b**2) / 4
+    both = 2 / 3 * ((a + b) ** 2 + a**2 + b**2) / 4
+    apart = 2 / 3 * ((a - b) ** 2 + a**2 + b**2) / 4
     found = difference(reference, other)
     assert found.parts == [pytest.approx((0.01, 1)), pytest.approx((both - apart, 2))]
     assert found.effect_size == pytest.approx(0.2 / 0.02**0.5 * (1 - 3 / (4 * 1 - 1)))

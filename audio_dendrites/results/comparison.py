@@ -36,10 +36,10 @@ from audio_dendrites.results.tables import differences_table, sides_table, span
 matplotlib.use("agg")
 
 SIGNIFICANT = 0.05
-METHOD = """Intervals are at 95 %. With one run a side they hold for these two models, and only recordings are drawn at
-random, by their influence on the scores. With several runs, runs are drawn too, by Student's t, in pairs where both
-sides have the same seeds and folds. Over several sides, p is corrected by Holm's method, and the intervals are widened
-to match. The effect size is the difference in standard deviations of runs (Hedges' g)."""
+METHOD = """Intervals are at 95 %. With one run a side they hold for these two models on other recordings (jackknife
+over source recordings). With several runs they also hold for other runs (Student's t, in pairs where both sides have
+the same seeds and folds). Over several sides, p is corrected by Holm's method, and the intervals are widened to match.
+The effect size is the difference in standard deviations of runs (Hedges' g)."""
 
 
 @dataclass
@@ -125,7 +125,7 @@ def compare(sides: Sequence[Side]) -> dict[str, Any]:
     """
     _check(sides)
     reference, *others = sides
-    tested = [_tested(side, reference) for side in sides]
+    tested = [_runs(side, reference) for side in sides]
     first, *entries = [side.to_dict(scores) for side, scores in zip(sides, tested, strict=True)]
     for name in tested[0]:
         found = [difference(tested[0][name], scores[name]) for scores in tested[1:]]
@@ -169,8 +169,8 @@ def _check(sides: Sequence[Side]) -> None:
             raise UserError(f"{folder}: some test clips must have a class, got none")
 
 
-def _tested(side: Side, reference: Side) -> dict[str, Runs]:
-    """Scores and influences of the side's runs, by the name of the score: mAP alone for multi-label clips."""
+def _runs(side: Side, reference: Side) -> dict[str, Runs]:
+    """The side's runs by the name of the score, which for multi-label clips is mAP alone."""
     labels, multi_label = side.metrics[0]["labels"], is_multi_label(side.clips["label"])
     names, codes = np.unique(reference.clips["group"], return_inverse=True)
     recordings = pandas.Series(codes, reference.clips.index)
@@ -181,12 +181,11 @@ def _tested(side: Side, reference: Side) -> dict[str, Runs]:
         references = references if multi_label else np.eye(len(labels))[references]
         logits = ranking(np.stack(table["logits"]), metrics["loss"])
         for name, found in runs.items():
-            score, influence = SCORES[name](logits, references)
-            found.append((score, np.bincount(recordings[table["clip"]], influence, minlength=len(names))))
+            found.append(SCORES[name](logits, references, recordings[table["clip"]].to_numpy(), len(names)))
     seeds = [metrics["seed"] for metrics in side.metrics]
     return {
         name: Runs(
-            np.array([score for score, _ in found]), np.stack([influence for _, influence in found], axis=1),
+            np.array([score for score, _ in found]), np.stack([effects for _, effects in found], axis=1),
             [folds[fold] for fold in side.folds], seeds,
         )
         for name, found in runs.items()

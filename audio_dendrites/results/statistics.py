@@ -1,8 +1,7 @@
-"""Whether two sides of runs differ, where both the recordings that test them and the seeds of their runs are chance.
+"""Whether two sides of runs differ, if both the test recordings and the seeds of the runs are drawn at random.
 
-A run has a score and an influence: how much each test clip moves the score, its derivative by the clip's weight. From
-the influences follows how the scores would scatter with other recordings (infinitesimal jackknife, Jaeckel 1972; the
-limit of the bootstrap, Efron 1982). How they scatter with other seeds is measured on the runs themselves.
+How scores scatter with other recordings is seen by leaving out one recording at a time (jackknife, Tukey 1958). How
+they scatter with other seeds is measured on the runs themselves.
 """
 
 import math
@@ -23,13 +22,13 @@ class Runs:
 
     Attributes:
         scores: (runs,).
-        influence: (recordings, runs), summed over the clips of each recording; 0 where a run did not test it.
+        effects: (recordings, runs), how much the score is higher with the recording than without it.
         folds: (runs,) test fold.
         seeds: (runs,) seed, None where it is not known.
     """
 
     scores: np.ndarray
-    influence: np.ndarray
+    effects: np.ndarray
     folds: Sequence[str]
     seeds: Sequence[int | None]
 
@@ -94,9 +93,10 @@ def difference(reference: Runs, other: Runs) -> Difference:
     counts = len(reference.scores), len(other.scores)
     weights = np.repeat([-1 / counts[0], 1 / counts[1]], counts)
     scores = np.concatenate([reference.scores, other.scores])
-    influence = np.hstack([reference.influence, other.influence])
-    recordings = len(influence)
-    covariance = recordings / (recordings - 1) * influence.T @ influence
+    effects = np.hstack([reference.effects, other.effects])
+    recordings = len(effects)
+    effects = effects - effects.mean(axis=0)
+    covariance = (recordings - 1) / recordings * effects.T @ effects
     value, from_recordings = float(weights @ scores), weights @ covariance @ weights
     scatters = _scatters(reference, other)
     if not scatters:
@@ -181,42 +181,66 @@ def mcnemar_exact(reference: np.ndarray, other: np.ndarray) -> tuple[int, int, f
     return lost, won, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
-def accuracy(scores: np.ndarray, references: np.ndarray) -> tuple[float, np.ndarray]:
-    """Accuracy of a run, and its influence.
+def accuracy(
+    scores: np.ndarray, references: np.ndarray, recordings: np.ndarray, count: int
+) -> tuple[float, np.ndarray]:
+    """Accuracy of a run, and the effects of the recordings.
 
     Args:
         scores: (clips, classes), higher where a class is likelier.
         references: (clips, classes), 0 or 1.
+        recordings: (clips,) number of the recording.
+        count: How many recordings there are.
 
     Returns:
-        The score and the influence of each clip, (clips,).
+        The score, and (count,) how much it is higher with each recording than without it.
     """
     right = references[np.arange(len(scores)), scores.argmax(axis=1)]
-    return float(right.mean()), (right - right.mean()) / len(right)
+    without = (right.sum() - np.bincount(recordings, right, count)) / (
+        len(right) - np.bincount(recordings, None, count)
+    )
+    return float(right.mean()), right.mean() - without
 
 
-def macro_f1(scores: np.ndarray, references: np.ndarray) -> tuple[float, np.ndarray]:
+def macro_f1(
+    scores: np.ndarray, references: np.ndarray, recordings: np.ndarray, count: int
+) -> tuple[float, np.ndarray]:
     """F1, averaged over the classes that occur in labels or predictions; see `accuracy`."""
     predicted = np.eye(references.shape[1])[scores.argmax(axis=1)]
     hits, sizes = predicted * references, predicted + references
-    found = sizes.any(axis=0)
-    hits, sizes = hits[:, found], sizes[:, found]
-    f1 = 2 * hits.sum(axis=0) / sizes.sum(axis=0)
-    return float(f1.mean()), ((2 * hits - f1 * sizes) / sizes.sum(axis=0)).mean(axis=1)
+    f1 = _mean_ratio(2 * hits.sum(axis=0), sizes.sum(axis=0))
+    hits_without, sizes_without = (
+        values.sum(axis=0) - np.stack([np.bincount(recordings, column, count) for column in values.T], axis=1)
+        for values in (hits, sizes)
+    )
+    return float(f1), f1 - _mean_ratio(2 * hits_without, sizes_without)
 
 
-def mean_average_precision(scores: np.ndarray, references: np.ndarray) -> tuple[float, np.ndarray]:
-    """mAP, averaged over the classes that occur; see `accuracy`."""
-    found = [
-        _average_precision(scores[:, label], references[:, label] > 0)
-        for label in np.flatnonzero(references.any(axis=0))
-    ]
-    values, influences = zip(*found, strict=True)
-    return float(np.mean(values)), np.mean(influences, axis=0)
+def mean_average_precision(
+    scores: np.ndarray, references: np.ndarray, recordings: np.ndarray, count: int
+) -> tuple[float, np.ndarray]:
+    """mAP, averaged over the classes that occur; see `accuracy`. The effects are of first order."""
+    values, without, left = [], [], []
+    for label in np.flatnonzero(references.any(axis=0)):
+        positive = references[:, label] > 0
+        value, influence = _average_precision(scores[:, label], positive)
+        # As in a mean, leaving out a share of the clips of a class moves the rest by one over what is left of them.
+        left.append(positive.sum() - np.bincount(recordings, positive, count))
+        values.append(value)
+        without.append(value * left[-1] - np.bincount(recordings, influence, count) * positive.sum())
+    return float(np.mean(values)), np.mean(values) - _mean_ratio(np.stack(without, axis=1), np.stack(left, axis=1))
+
+
+def _mean_ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Mean of the ratios over the last axis, without those whose denominator is 0."""
+    return np.divide(above, below, where=below > 0, out=np.zeros(below.shape)).sum(axis=-1) / (below > 0).sum(axis=-1)
 
 
 def _average_precision(scores: np.ndarray, positive: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean, over the positive clips i, of hits_i / clips_i, both counted among the clips that score no lower."""
+    """Average precision of a class, and its derivative by the weight of each clip.
+
+    It is the mean, over the positive clips, of hits / clips, both counted among the clips that score no lower.
+    """
     order = np.argsort(-scores, kind="stable")
     ranked, positive_ranked = -scores[order], positive[order]
     last = np.searchsorted(ranked, ranked, side="right")  # of the clips that score the same
@@ -224,7 +248,7 @@ def _average_precision(scores: np.ndarray, positive: np.ndarray) -> tuple[float,
     hits = positive_ranked.cumsum()[last - 1]
     precision = hits / last
     value = precision[positive_ranked].mean()
-    # Clip k counts among the hits and the clips of all positive ones that score no higher than it does.
+    # A clip counts among the hits and the clips of the positive clips that score no higher.
     as_hit, as_clip = ((positive_ranked * part)[::-1].cumsum()[::-1][first] for part in (1 / last, precision / last))
     influence = np.empty(len(scores))
     influence[order] = (positive_ranked * (precision - value + as_hit) - as_clip) / positive.sum()
