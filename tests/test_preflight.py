@@ -15,7 +15,6 @@ from transformers import ASTConfig, ASTFeatureExtractor
 import crossval
 import train
 from audio_dendrites.errors import UserError
-from audio_dendrites.publishing.export import check_layer
 from audio_dendrites.recipes import parse_recipe
 from audio_dendrites.training import preflight
 from pai_callback import PAIConfig, PAIError
@@ -103,13 +102,12 @@ def test_two_clips_pass_through_every_family_without_memory(recipe, waveform, ar
 
 
 def test_layers_that_no_export_holds_are_named():
-    for layer, axis, message in (
-        (nn.Conv1d(1, 1, 1), -2, r"on nn.Linear or nn.Conv2d layers, got body.0 \(Conv1d\)"),
-        (nn.Linear(1, 1), -2, "on axis -1 of its output, got -2 for body.0"),
-        (nn.Conv2d(1, 1, 1, padding_mode="circular"), -3, "pad with zeros, got circular for body.0"),
-    ):
-        with pytest.raises(UserError, match=message):
-            check_layer("body.0", layer, axis)
+    class Own(nn.Linear):
+        pass
+
+    for layer, axis, found in ((Own(1, 1), -1, "Own .neurons on axis -1"), (nn.Linear(1, 1), -2, "Linear .* axis -2")):
+        with pytest.raises(UserError, match=f"can be exported with dendrites on Linear .*, got body.0: {found}"):
+            preflight._check_exportable("body.0", layer, axis)
 
 
 def test_all_folds_seeds_and_kinds_are_checked_first_and_the_model_once_a_kind(recipe, tones, tmp_path, monkeypatch):

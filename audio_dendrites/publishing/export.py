@@ -142,47 +142,25 @@ def _without_weights(model: PreTrainedModel, structure: dict[str, Any]) -> PreTr
     return dendritic(dendritic.config_class.from_dict(config | {"dendrites": structure}))
 
 
-def check_layer(name: str, layer: nn.Module, axis: int) -> None:
-    """Find out whether dendrites on a layer can be exported.
-
-    Args:
-        name: Of the layer, for the error.
-        layer: Without dendrites.
-        axis: Dimension of its output that counts the neurons, from the end.
-
-    Raises:
-        ExportError: They cannot.
-    """
-    kind = type(layer)
-    if kind not in LAYERS:
-        raise ExportError(
-            f"dendrites must be on nn.Linear or nn.Conv2d layers, got {name} ({kind.__name__}); choose another layer, "
-            f"or those inside it"
-        )
-    if axis != LAYERS[kind].channel_axis:
-        raise ExportError(
-            f"the neurons of a {kind.__name__} with dendrites must be on axis {LAYERS[kind].channel_axis} of its "
-            f"output, got {axis} for {name}"
-        )
-    if getattr(layer, "padding_mode", "zeros") != "zeros":
-        raise ExportError(f"dendrites must be on convolutions that pad with zeros, got {layer.padding_mode} for {name}")
-
-
 def _checked_count(name: str, module: nn.Module) -> int:
     """Dendrites of a module of perforatedai.
 
     Raises:
         ExportError: It is growing, or is of a kind that the exported form has not.
     """
-    axis, rank = module.this_output_dimensions.tolist().index(0), len(module.this_output_dimensions)
+    kind, axis = type(module.main_module), module.this_output_dimensions.tolist().index(0)
     count, layers = module.dendrite_modules_added, len(module.dendrite_module.layers)
     if count == 0 and layers == 0:
         return 0
     if count != layers:
         raise ExportError(f"{name}: {layers} dendrites, {count} in use: it is growing; export before or after")
-    if module.processor is not None:
-        raise ExportError(f"{name}: dendrites must be on a layer without a processor, got {module.processor}")
-    check_layer(name, module.main_module, axis - rank)
+    if kind not in LAYERS or module.processor is not None:
+        raise ExportError(f"{name}: dendrites on a {kind.__name__}, wanted nn.Linear or nn.Conv2d without a processor")
+    if axis - len(module.this_output_dimensions) != LAYERS[kind].channel_axis:
+        raise ExportError(
+            f"{name}: the neurons are on axis {axis} of the outputs {module.this_output_dimensions.tolist()}, wanted "
+            f"axis {LAYERS[kind].channel_axis} for a {kind.__name__}"
+        )
     inner = int(module.dendrite_module.this_node_index)  # set_this_output_dimensions leaves it at the global default
     if count > 1 and inner != axis:
         raise ExportError(f"{name}: the neurons are on axis {axis}, its dendrites add to each other on axis {inner}")

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 
 from audio_dendrites.data.features import BatchedASTFeatureExtractor, Waveforms
 from audio_dendrites.errors import UserError
+from audio_dendrites.models.dendritic import LAYERS
 from audio_dendrites.models.loading import check_model, load_extractor, load_teacher
 from audio_dendrites.models.waveform import WaveformForAudioClassification
 from audio_dendrites.publishing import hub
-from audio_dendrites.publishing.export import check_layer
 from audio_dendrites.recipes import Recipe, RunArguments
 from audio_dendrites.results.report import is_finished
 from audio_dendrites.training.checkpoints import check_disk, check_resumption, check_run_folder
@@ -92,15 +92,14 @@ def _check_model(recipe: Recipe, find_growth: FindGrowth) -> PreTrainedModel:
         resolve_loss(args, multi_label=True)
     if args.distill_from and not recipe.features.needs_statistics:  # which the teacher's must equal
         load_teacher(args.distill_from, recipe.data.labels, extractor, None if args.loss == "auto" else args.loss)
-    _check_optimizer(args, model, grows=pai is not None)
     if args.early_stopping_patience is not None and (args.eval_strategy == "no" or args.metric_for_best_model is None):
         raise UserError("early_stopping_patience needs an eval_strategy other than no, and a metric_for_best_model")
-    if pai is not None:
-        config, layers = find_growth(pai, model, two_clips(model, extractor))
-        for layer in layers:
-            check_layer(layer.name, model.get_submodule(layer.name), layer.axis - len(layer.shape))
-        if layers:
-            _check_growth(args, config)
+    config, layers = (None, []) if pai is None else find_growth(pai, model, two_clips(model, extractor))
+    for layer in layers:
+        _check_exportable(layer.name, model.get_submodule(layer.name), layer.axis - len(layer.shape))
+    if layers:
+        _check_growth(args, config)
+    _check_optimizer(args, model, grows=bool(layers))
     return model
 
 
@@ -116,6 +115,23 @@ def two_clips(model: PreTrainedModel, extractor: BatchedASTFeatureExtractor | Wa
         return {"input_values": spectrograms}
     model.front_end.forward = lambda waveforms, inside: spectrograms  # autocast does not know the meta device
     return {"input_values": torch.empty(2, model.front_end.samples(extractor.max_length), device="meta")}
+
+
+def _check_exportable(name: str, layer: nn.Module, axis: int) -> None:
+    """Raise a UserError if the exported form of a model has no dendrites for a layer.
+
+    Args:
+        name: Of the layer.
+        layer: Without dendrites.
+        axis: Dimension of its output that counts the neurons, from the end.
+    """
+    kind = type(layer)
+    if kind not in LAYERS or axis != LAYERS[kind].channel_axis:
+        kinds = ", ".join(f"{one.__name__} (neurons on axis {LAYERS[one].channel_axis})" for one in LAYERS)
+        raise UserError(
+            f"pai: modules: a model can be exported with dendrites on {kinds}, got {name}: {kind.__name__} (neurons on "
+            f"axis {axis}). Choose another layer, or those inside it"
+        )
 
 
 def evaluations(args: RunArguments) -> int | None:
