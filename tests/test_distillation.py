@@ -98,7 +98,7 @@ def test_a_teacher_that_does_not_fit_is_an_error_before_the_features(run):
         ({"distill_from": "nowhere"}, "distill_from: nowhere could not be loaded: "),
         ({"distill_from": teacher, "max_length": 96}, "hears other features than the recipe's: max_length is 80, wan"),
         ({"distill_from": teacher, "loss": "bce"}, "was trained with the loss cross_entropy, wanted bce"),
-        ({"distill_from": teacher, "labels": ["low", "high"]}, "has the classes high, low, wanted low, high"),
+        ({"distill_from": teacher, "labels": ["low", "high"]}, "has the classes high, low, but the recipe low, high"),
     ):
         with pytest.raises(UserError, match=message):
             run("student", **changes)

@@ -29,7 +29,14 @@ configs:
   - {split: train, path: data/train-*}
 ---
 """
-FIELDS = {"model": "me/tiny-ast", "max_length": 64, "train_folds": 1, "validation_folds": 2, "test_folds": 3}
+FIELDS = {
+    "model": "me/tiny-ast",
+    "max_length": 64,
+    "time_mask": 16,
+    "train_folds": 1,
+    "validation_folds": 2,
+    "test_folds": 3,
+}
 FEW_STEPS = {
     "max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
     "per_device_train_batch_size": 4, "dataloader_num_workers": 0, "preprocessing_num_workers": 1,

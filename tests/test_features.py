@@ -180,7 +180,9 @@ def test_features_take_the_place_of_the_audio_and_all_else_stays(clips):
 
 def test_a_bad_clip_gets_its_cause_and_no_frames(clips):
     result = extract_features(clips, BatchedASTFeatureExtractor(), id_column="file", batch_size=2)
-    assert result["error"][:] == ["", "", "", "3.wav: cannot decode: Format not recognised.", "", ""]
+    assert [error.split(": ")[:2] for error in result["error"]] == [[""]] * 3 + [["3.wav", "cannot decode"]] + [
+        [""]
+    ] * 2
     assert [bool(values) for values in result["input_values"]] == [True, True, True, False, True, True]
 
 

@@ -258,7 +258,7 @@ def test_the_total_batch_is_kept_whatever_the_number_of_processes(options, proce
 
 
 def test_steps_need_a_constant_learning_rate():
-    with pytest.raises(UserError, match="lr_scheduler_type must be constant_with_warmup .* got cosine"):
+    with pytest.raises(UserError, match="lr_scheduler_type must be constant_with_warmup .* got 'cosine'"):
         parse_recipe(["--lr_step_decay", "0.5"])
 
 
@@ -279,7 +279,7 @@ def run(tmp_path):
 
     def train_(**changes) -> Path:
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | changes))
-        train.train(parse_recipe([str(tmp_path / "recipe.yaml")]))
+        train.main(parse_recipe([str(tmp_path / "recipe.yaml")]))
         return tmp_path / "run"
 
     return train_

@@ -152,13 +152,13 @@ def test_no_pickle_of_a_checkpoint_runs(tones, tmp_path, trace, name):
         [str(tmp_path / "recipe.yaml"), f"--output_dir={tmp_path / 'run'}", f"--resume_from_checkpoint={checkpoint}"]
     )
     with pytest.raises(FileNotFoundError, match="config.json"):  # whole but for what comes next
-        train.train(recipe)
+        train.main(recipe)
     for planted in (torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))):
         planted({"state": Bomb(trace)}, checkpoint / name)
         with pytest.raises(
             UserError, match=f"resume_from_checkpoint: .*checkpoint-2: {name} (holds objects|is missing)"
         ):
-            train.train(recipe)
+            train.main(recipe)
     assert not trace.exists()
 
 
