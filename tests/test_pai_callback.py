@@ -36,19 +36,17 @@ from transformers import (
     set_seed,
 )
 
+import pai_callback
 import train
 from audio_dendrites.recipes import parse_recipe, read_yaml
 from audio_dendrites.training.trainer import AudioTrainer
 from pai_callback import (
     STATE_FILE,
-    Layer,
     PAICallback,
     PAIConfig,
     PAIError,
     PAITrainer,
     PAITrainerMixin,
-    _contained,
-    _perforatedai,
     choose_layers,
     perforated_layers,
     structure_of,
@@ -122,7 +120,7 @@ LAYERS = {
     "ast": {},
     "vit": {"modules": ["layers.-1.mlp.*", "classifier"]},
     "bert": {"modules": ["layer.-1.intermediate.dense", "layer.-1.output.dense", "classifier"]},
-    "cnn": {"module_types": ["Conv2d"], "modules": ["head"]},
+    "cnn": {"modules": ["Conv2d", "head"]},
 }
 
 
@@ -143,7 +141,9 @@ def trainer_for(
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 3,
     } | changes  # fmt: skip
     model = build(kind) if model is None else model
-    grower = [] if pai is None else [PAICallback(PAIConfig(**{"schedule": "every"} | LAYERS[kind] | pai))]
+    grower = (
+        [] if pai is None else [PAICallback(PAIConfig(**{"schedule": "fixed", "interval": 1} | LAYERS[kind] | pai))]
+    )
     return trainer(
         model,
         TrainingArguments(str(folder), **arguments),
@@ -232,17 +232,15 @@ def test_any_model_grows_in_a_plain_trainer_with_the_callback_alone(kind, tmp_pa
     assert_optimizer_holds_what_is_trained(trainer)
 
 
-def test_growth_adds_the_parameters_that_the_table_and_the_logs_say(tmp_path, capsys):
+def test_growth_adds_the_parameters_that_the_logs_say(tmp_path, capsys):
     before = sum(p.numel() for p in build().parameters())
     trainer = run(tmp_path, pai={"max_dendrites": 2, "tries": 9})
     dendrites = structure_of(trainer.model)["classifier.dense"]
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    layers = [Layer("fc1", (2, 6, 32), 2, 544), Layer("fc2", (2, 6, 16), 2, 528), Layer("dense", (2, 3), 1, 51)]
-    assert dendrites >= 1 and trained == before + sum(layer.added_by(dendrites) for layer in layers)
-    assert history(trainer)[-1]["parameters"] == trained
+    added = dendrites * (544 + 32 + 528 + 16 + 51 + 3) + dendrites * (dendrites - 1) // 2 * (32 + 16 + 3)
+    assert dendrites >= 1 and history(trainer)[-1]["parameters"] == trained == before + added
     out = capsys.readouterr().out
-    assert "classifier.dense" in out and f"1,174 ({1174 / before:.2%} of {before:,})" in out
-    assert f"Dendrites, step 2: dendrites grew: 0 -> 1 a layer, {before + 1174:,} parameters" in out
+    assert f"Dendrites, step 2: dendrites grew; 0 -> 1 per layer, {before + 1174:,} parameters" in out
 
 
 @pytest.mark.parametrize("growth_interval", [2000, 3])
@@ -272,7 +270,7 @@ def test_a_step_that_overflows_is_left_out_and_growth_goes_on(tmp_path):
 def test_until_it_grows_a_run_is_the_baseline_bit_for_bit(tmp_path):
     dropout = {"hidden_dropout_prob": 0.1}
     baseline = run(tmp_path / "0", trainer=Trainer, model=build(**dropout))
-    for number, pai in enumerate([{"max_dendrites": 0}, {"schedule": "never"}]):
+    for number, pai in enumerate([{"max_dendrites": 0}]):
         trainer = run(tmp_path / f"a{number}", pai=pai, model=build(**dropout))
         assert_same(tensors(baseline.model), tensors(trainer.model))
     trainer = run(tmp_path / "b", pai={"schedule": "history", "patience": 99}, model=build(**dropout))
@@ -290,22 +288,17 @@ def test_layers_are_chosen_by_name_from_the_end_by_type_or_by_block():
     assert choose_layers(model, PAIConfig(modules=["layers.-2.*.[qk]_proj"])) == [
         f"audio_spectrogram_transformer.layers.0.attention.{one}_proj" for one in "qk"
     ]
-    last = choose_layers(model, PAIConfig(last_blocks=1))
-    assert len(last) == 6 and all(".layers.1." in name for name in last)
-    assert choose_layers(build("cnn"), PAIConfig(module_types=["Conv2d"])) == ["body.0", "body.3"]
+    assert choose_layers(build("cnn"), PAIConfig(modules=["Conv2d"])) == ["body.0", "body.3"]
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"modules": ["classifier.dens"]}, r"'classifier.dens', .* did you mean 'classifier.dense'"),
+        ({"modules": ["classifier.dens"]}, r"got 'classifier.dens' .did you mean 'classifier.dense'"),
         ({"modules": ["layers.1.mpl.*"]}, r"did you mean .*layers.1.mlp"),
-        ({"modules": ["layers.5.mlp.*"]}, "names no layer"),
-        ({"modules": ["*.layernorm_*"]}, "names only LayerNorm"),
+        ({"modules": ["layers.5.mlp.*"]}, "must name layers of the model"),
+        ({"modules": ["*.layernorm_*"]}, "linear or convolutional layers.*LayerNorm"),
         ({"modules": []}, "empty list"),
-        ({"modules": ["layers.1", "layers.1.mlp.*"]}, "is inside"),
-        ({"module_types": ["linear"]}, "did you mean 'Linear'"),
-        ({"last_blocks": 3}, "has 2 blocks"),
     ],
 )
 def test_what_names_no_layer_is_an_error_with_near_matches(config, message):
@@ -316,13 +309,11 @@ def test_what_names_no_layer_is_an_error_with_near_matches(config, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"schedule": "history "}, r"pai: schedule: found 'history ', wanted one of history, fixed, every, never"),
-        ({"activation": "swish"}, "wanted one of sigmoid, tanh, relu, gelu"),
-        ({"max_dendrites": -1}, "max_dendrites: found -1, wanted a whole number from 0"),
-        ({"max_dendrites": True}, "found True"),
-        ({"max_added_parameters": "ten"}, "max_added_parameters: found 'ten', wanted a whole number, or a share"),
-        ({"modules": "classifier"}, "wanted a list of names"),
-        ({"module": ["classifier"]}, "unknown field 'module'; did you mean 'modules'"),
+        ({"schedule": "often"}, r"'schedule' expected one of \('history', 'fixed'\), got often"),
+        ({"max_dendrites": -1}, r"max_dendrites must be in \[0, inf\), got -1"),
+        ({"max_dendrites": True}, "'max_dendrites' expected int, got bool"),
+        ({"modules": "classifier"}, "'modules' expected a list, got str"),
+        ({"module": ["classifier"]}, "unknown field 'module' .did you mean 'modules'"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_was_found_and_wanted(config, message):
@@ -334,22 +325,13 @@ def test_every_field_says_what_it_is_for():
     assert all(one.metadata["help"] for one in PAIConfig.__dataclass_fields__.values())
 
 
-def test_the_budget_stops_growth_before_it_is_passed(tmp_path):
-    parameters = sum(p.numel() for p in build().parameters())
-    trainer = run(tmp_path, pai={"max_dendrites": 9, "max_added_parameters": 1500, "tries": 9}, max_steps=40)
-    assert set(structure_of(trainer.model).values()) == {1} and events(trainer)[-1] == "complete"
-    with pytest.raises(PAIError, match=r"found 1% \(\d+ of .*one dendrite on the chosen layers adds 1,174"):
-        run(tmp_path, pai={"max_added_parameters": "1%"})
-    assert PAIConfig(max_added_parameters="50%").added_parameters(parameters) == parameters // 2
-
-
 # Schedule
 
 
 def test_growth_follows_the_schedule(tmp_path):
     fixed = run(tmp_path / "fixed", pai={"schedule": "fixed", "interval": 2, "tries": 9}, eval_steps=1)
     assert [entry["step"] for entry in history(fixed) if entry["event"]] == [2, 4, 6, 8]
-    every = run(tmp_path / "every", pai={"tries": 9, "max_dendrites": 9}, eval_steps=1)
+    every = run(tmp_path / "every", pai={"interval": 1, "tries": 9, "max_dendrites": 9}, eval_steps=1)
     assert all(events(every)[:-1])
     # Learning nothing, the first evaluation is the best; two later there is growth, and two after its first the end.
     waits = run(
@@ -378,24 +360,7 @@ def test_a_complete_training_may_go_on_to_its_last_step(tmp_path):
     assert_optimizer_holds_what_is_trained(trainer)
 
 
-def test_the_learning_rate_goes_on_or_starts_again_at_growth(tmp_path):
-    rates = {}
-    for choice in ("keep", "restart"):
-        seen = rates[choice] = []
-        look = At("on_pre_optimizer_step", lambda state, control, kw, seen=seen: seen.append(_rate(kw["optimizer"])))
-        pai = {"schedule": "fixed", "interval": 1, "max_dendrites": 1, "learning_rate": choice, "tries": 9}
-        run(tmp_path / choice, pai=pai, callbacks=[look], eval_steps=4, max_steps=8, warmup_steps=2)
-    assert rates["keep"][:4] == rates["restart"][:4]
-    assert rates["keep"][4:] == pytest.approx([1e-2 * left / 6 for left in (4, 3, 2, 1)])
-    assert rates["restart"][4:] == pytest.approx([0, 1e-2, 1e-2 * 4 / 6, 1e-2 * 2 / 6])
-
-
-def _rate(optimizer) -> float:
-    return optimizer.param_groups[0]["lr"]
-
-
-@pytest.mark.parametrize("choice", ["keep", "reset"])
-def test_growth_keeps_or_resets_the_optimizers_state(choice, tmp_path):
+def test_growth_keeps_the_optimizers_state(tmp_path):
     ages = []
 
     def look(state, control, kwargs):
@@ -403,15 +368,14 @@ def test_growth_keeps_or_resets_the_optimizers_state(choice, tmp_path):
         named = kwargs["model"].named_parameters()
         ages.append({name: by_id[id(p)] for name, p in named if id(p) in by_id})
 
-    pai = {"metric": "count", "optimizer_state": choice}
+    pai = {"metric": "count"}
     trainer = run(tmp_path, pai=pai, callbacks=[At("on_step_end", look)], max_steps=6, eval_steps=2)
     assert events(trainer)[:2] == ["grown", "grown"]
     head = "classifier.dense."
     older, newer = f"{head}dendrite_module.layers.0.weight", f"{head}dendrite_module.layers.1.weight"
     final = ages[-1]
     assert final[newer] == final[f"{head}dendrites_to_top.1"] == 2
-    assert final[f"{head}main_module.weight"] == (6 if choice == "keep" else 2)
-    assert final[older] == (4 if choice == "keep" else 2)
+    assert final[f"{head}main_module.weight"] == 6 and final[older] == 4
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "gelu"])
@@ -432,7 +396,7 @@ def test_dendrites_compute_what_the_mathematics_says(activation, tmp_path):
 # Say
 
 
-def test_tensorboard_and_the_plot_show_growth(tmp_path, monkeypatch):
+def test_tensorboard_shows_growth(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
@@ -441,10 +405,7 @@ def test_tensorboard_and_the_plot_show_growth(tmp_path, monkeypatch):
     board.Reload()
     shown = {point.step: point.value for point in board.Scalars("train/pai/dendrites")}
     assert shown == {entry["step"]: entry["dendrites"] for entry in history(trainer)}
-    assert {"train/pai/parameters", "train/pai/metric_before_growth", "train/pai/metric_after_growth"} <= set(
-        board.Tags()["scalars"]
-    )
-    assert (tmp_path / "run" / "dendrites.png").read_bytes().startswith(b"\x89PNG")
+    assert "train/pai/parameters" in board.Tags()["scalars"]
 
 
 def test_perforatedai_prints_nothing_and_writes_only_into_output_dir(tmp_path, capfd, monkeypatch):
@@ -453,10 +414,10 @@ def test_perforatedai_prints_nothing_and_writes_only_into_output_dir(tmp_path, c
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    run(tmp_path / "run", pai={"tries": 1, "max_dendrites": 2, "plot": False}, max_steps=20)
+    run(tmp_path / "run", pai={"tries": 1, "max_dendrites": 2}, max_steps=20)
     captured = capfd.readouterr()
     lines = [line for line in captured.out.splitlines() if not line.startswith("{")]
-    ours = ("Up to", "  ", "Dendrites, step")
+    ours = ("Dendrites: up to 2 per layer", "Dendrites, step")
     assert lines and [line for line in lines if not line.startswith(ours)] == []
     assert "PAI" not in captured.out + captured.err and "perforat" not in (captured.out + captured.err).lower()
     assert list((tmp_path / "here").iterdir()) == list((tmp_path / "tmp").iterdir()) == []
@@ -464,14 +425,16 @@ def test_perforatedai_prints_nothing_and_writes_only_into_output_dir(tmp_path, c
 
 
 def test_where_perforatedai_would_ask_or_exit_it_raises_with_its_words():
-    globals_pai, utils, _ = _perforatedai()
-    with pytest.raises(PAIError, match="wanted to end the process.*'a/b' contains '/'"), _contained("a test"):
-        utils.perforate_model(build(), save_name="a/b")
-    globals_pai.pai_tracker = []
-    with pytest.raises(PAIError, match="(?s)wanted to ask.*does not have any pai_modules"), _contained("a test"):
-        utils.load_net_from_dict(build("cnn"), {})
-    with pytest.raises(PAIError, match="wanted to ask"), _contained("a test"):
-        input("Really? ")
+    with pai_callback._contained("a test"):
+        from perforatedai import globals_perforatedai, utils_perforatedai
+    globals_perforatedai.pai_tracker = []
+    for act, message in (
+        (lambda: utils_perforatedai.perforate_model(build(), save_name="a/b"), "SystemExit.*'a/b' contains '/'"),
+        (lambda: utils_perforatedai.load_net_from_dict(build("cnn"), {}), "(?s)asked.*does not have any pai_modules"),
+        (lambda: input("Really? "), "asked for input"),
+    ):
+        with pytest.raises(PAIError, match=message), pai_callback._contained("a test"):
+            act()
 
 
 # Hold
@@ -513,11 +476,7 @@ def test_accumulated_gradients_grow_what_a_larger_batch_grows(tmp_path):
 SAVED = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 RESUMED = {
     "ast, state kept": ("ast", {"tries": 9}, {}),
-    "cnn, restarted": (
-        "cnn",
-        {"tries": 9, "learning_rate": "restart", "optimizer_state": "reset"},
-        {"warmup_steps": 2},
-    ),
+    "cnn": ("cnn", {"tries": 9}, {"warmup_steps": 2}),
     "bert, tries over, dropout, bf16": (
         "bert",
         {"tries": 1, "max_dendrites": 2},
@@ -562,13 +521,11 @@ def test_a_resume_after_a_kill_on_the_switch_itself_is_tensor_identical(tmp_path
     whole = run(tmp_path / "whole", pai={"tries": 9}, **SAVED | {"save_steps": 2})
     killed = subprocess.run(program(tmp_path / "killed", "killed"), env=environment(), capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert list((tmp_path / "killed").glob(".pai-0-*"))  # it had no time to clean up
     checkpoint = tmp_path / "killed" / "checkpoint-4"
-    assert json.loads((checkpoint / STATE_FILE).read_text())["pending"] == history(whole)[1]["metric"]
+    assert json.loads((checkpoint / STATE_FILE).read_text())["pending"]["metric"] == history(whole)[1]["metric"]
     again = run(tmp_path / "killed", pai={"tries": 9}, resume=checkpoint, **SAVED | {"save_steps": 2})
     assert_same(tensors(whole.model), tensors(again.model))
     assert_same_optimizer(whole, again)
-    assert list((tmp_path / "killed").glob(".pai-*")) == []
 
 
 def test_the_best_model_is_loaded_exactly_whatever_its_number_of_dendrites(tmp_path):
@@ -593,12 +550,12 @@ def test_a_tensor_missing_or_left_over_is_an_error(tmp_path):
 
 def test_a_checkpoint_of_other_layers_or_without_dendrites_is_refused(tmp_path):
     run(tmp_path / "a", pai={"tries": 9}, **SAVED | {"max_steps": 2})
-    with pytest.raises(PAIError, match="the checkpoint has dendrites on .* the configuration on"):
+    with pytest.raises(PAIError, match="the checkpoint has dendrites on .* the configuration has"):
         run(tmp_path / "b", pai={"modules": ["dense"]}, resume=tmp_path / "a" / "checkpoint-2", **SAVED)
-    with pytest.raises(PAIError, match="activation is sigmoid, the configuration's tanh"):
+    with pytest.raises(PAIError, match="the activation sigmoid, the configuration has tanh"):
         run(tmp_path / "b", pai={"activation": "tanh"}, resume=tmp_path / "a" / "checkpoint-2", **SAVED)
     run(tmp_path / "c", **SAVED | {"max_steps": 2})
-    with pytest.raises(PAIError, match="written without dendrites"):
+    with pytest.raises(PAIError, match="cannot be resumed with dendrites.*pai_state.json"):
         run(tmp_path / "d", pai={}, resume=tmp_path / "c" / "checkpoint-2", **SAVED)
 
 
@@ -674,7 +631,6 @@ def test_ranks_are_identical_and_a_resume_is_tensor_identical(two_processes):
     assert_same(whole, load_file(two_processes / "whole-1.safetensors"))
     assert_same(whole, load_file(two_processes / "again-0.safetensors"))
     assert_same(whole, load_file(two_processes / "again-1.safetensors"))
-    assert list(two_processes.glob("**/.pai-*")) == []
 
 
 # Recipes
@@ -685,7 +641,7 @@ def test_a_recipe_with_a_pai_block_grows_and_resumes(tones, tmp_path):
         "dataset": str(tones), "max_length": 48, "model_config": TINY_AST, "per_device_train_batch_size": 2,
         "num_train_epochs": 3, "learning_rate": 1e-2, "precision": "fp32", "preprocessing_num_workers": 1,
         "head_learning_rate": 2e-2, "mixup_alpha": 0.5, "save_total_limit": None, "load_best_model_at_end": False,
-        "pai": {"schedule": "every", "metric": "loss", "tries": 9},
+        "pai": {"schedule": "fixed", "interval": 1, "metric": "loss", "tries": 9},
     }  # fmt: skip
     for name in ("whole", "again"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(tmp_path / name)}))
@@ -694,10 +650,6 @@ def test_a_recipe_with_a_pai_block_grows_and_resumes(tones, tmp_path):
     exported = AutoModelForAudioClassification.from_pretrained(tmp_path / "whole", trust_remote_code=True)
     assert exported.config.model_type == "dendritic-audio-spectrogram-transformer"
     assert metrics["parameters"] == sum(parameter.numel() for parameter in exported.parameters())
-    assert (
-        metrics["parameters"]
-        > json.loads(next((tmp_path / "whole").glob("checkpoint-4/" + STATE_FILE)).read_text())["base_parameters"]
-    )
     checkpoint = tmp_path / "whole" / "checkpoint-4"
     train.main(parse_recipe([str(tmp_path / "again.yaml"), "--resume_from_checkpoint", str(checkpoint)]))
     assert_same(*(load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again")))
@@ -717,37 +669,24 @@ def test_the_dendritic_recipes_are_their_baselines_with_a_pai_block():
 
 
 class Unused(SmallCNN):
-    """With a layer that is never called, one without gradient, and one that gives two tensors."""
+    """With a layer that is never called."""
 
     def __init__(self):
         super().__init__()
-        self.never, self.blind, self.cell = nn.Linear(2, 2), nn.Linear(3, 3), nn.GRU(16, 4)
-
-    def forward(self, input_values, labels=None):
-        outputs = super().forward(input_values, labels)
-        outputs["logits"] = (
-            outputs["logits"] + self.blind(outputs["logits"]).detach() + self.cell(input_values)[0].sum()
-        )
-        return outputs
+        self.never = nn.Linear(2, 2)
 
 
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [("never", "never called"), ("blind", "gets no gradient"), ("cell", "gives a tuple, wanted one tensor")],
-)
-def test_a_layer_that_cannot_grow_is_refused(layer, message, tmp_path):
-    with pytest.raises(PAIError, match=message):
-        run(tmp_path, "cnn", {"modules": [layer], "module_types": None}, model=Unused())
+def test_a_layer_that_is_never_called_is_refused(tmp_path):
+    with pytest.raises(PAIError, match="never calls never"):
+        run(tmp_path, "cnn", {"modules": ["never"]}, model=Unused())
 
 
 @pytest.mark.parametrize(
     ("pai", "changes", "message"),
     [
-        ({"metric": "acuracy"}, {}, "found 'eval_acuracy'.* did you mean 'eval_accuracy'"),
-        ({}, {"eval_strategy": "no"}, "eval_strategy: found 'no', wanted steps or epoch"),
-        ({"learning_rate": "restart"}, {"lr_scheduler_type": "reduce_lr_on_plateau"}, "ReduceLROnPlateau cannot"),
+        ({"metric": "acuracy"}, {}, "got 'eval_acuracy' .did you mean 'eval_accuracy'"),
+        ({}, {"eval_strategy": "no"}, "eval_strategy must be steps or epoch"),
         ({}, {"auto_find_batch_size": True}, "auto_find_batch_size"),
-        ({"perforated_backpropagation": True}, {}, "perforatedbp is not installed"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(pai, changes, message, tmp_path):
@@ -757,17 +696,17 @@ def test_settings_that_cannot_work_are_refused(pai, changes, message, tmp_path):
 
 def test_a_plain_trainer_refuses_what_only_paitrainer_can_do(tmp_path):
     saving = SAVED | {"save_steps": 2, "max_steps": 4, "trainer": Trainer}
-    with pytest.raises(PAIError, match="load_best_model_at_end.*needs PAITrainer"):
+    with pytest.raises(PAIError, match="load_best_model_at_end.*need PAITrainer"):
         run(tmp_path, pai={}, load_best_model_at_end=True, **saving)
     run(tmp_path, "bert", {}, **saving)
-    with pytest.raises(PAIError, match="resume_from_checkpoint.*needs PAITrainer"):
+    with pytest.raises(PAIError, match="resume_from_checkpoint.*need PAITrainer"):
         run(tmp_path, "bert", {}, resume=tmp_path / "checkpoint-2", **saving | {"max_steps": 6})
 
 
 def test_an_optimizer_that_cannot_be_rebuilt_is_refused(tmp_path):
     for make, message in (
         (lambda model: torch.optim.LBFGS(model.parameters()), "LBFGS cannot take new parameters"),
-        (lambda model: torch.optim.SGD(model.classifier.parameters()), "SGD does not hold .* parameters"),
+        (lambda model: torch.optim.SGD(model.classifier.parameters()), "SGD .* does not hold audio"),
     ):
         model = build()
         with pytest.raises(PAIError, match=message):
@@ -784,14 +723,14 @@ def test_data_parallel_fsdp_and_deepspeed_are_refused(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(arguments, field, value)
             with pytest.raises(PAIError, match=message):
-                PAICallback().on_init_end(arguments, None, None)
+                pai_callback._refuse_parallelism(arguments)
 
 
-def test_perforatedbp_is_refused_unless_asked_for(tmp_path, monkeypatch):
+def test_perforatedbp_is_refused(tmp_path, monkeypatch):
     (tmp_path / "perforatedbp").mkdir()
     (tmp_path / "perforatedbp" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(PAIError, match="perforatedbp is installed"):
+    with pytest.raises(PAIError, match="pip uninstall perforatedbp"):
         run(tmp_path / "run", pai={})
 
 
@@ -814,8 +753,8 @@ def test_a_training_that_fails_leaves_nothing_behind(tmp_path):
             raise KeyError("from the user's own callback")
 
     with pytest.raises(KeyError):
-        run(tmp_path / "run", pai={"tries": 9, "plot": False}, callbacks=[At("on_step_end", fail)])
-    assert list((tmp_path / "run").iterdir()) == [] and _perforatedai()[0].pai_tracker == []
+        run(tmp_path / "run", pai={"tries": 9}, callbacks=[At("on_step_end", fail)])
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 # The program

@@ -147,7 +147,7 @@ def test_final_scores_and_the_check_of_the_pipeline_use_no_tf32(recipe):
     assert precisions() == before
 
 
-PAI = {"max_dendrites": 1, "schedule": "every", "stop_when_complete": False}
+PAI = {"max_dendrites": 1, "schedule": "fixed", "interval": 1, "stop_when_complete": False}
 
 
 @pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")

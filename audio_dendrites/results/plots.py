@@ -98,6 +98,30 @@ def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, pat
     _save_figure(figure, path)
 
 
+def plot_growth(
+    log_history: Sequence[dict[str, Any]], growth: Sequence[dict[str, Any]], metric: str, path: Path
+) -> None:
+    """The validation metric over the steps, with a line at each step where dendrites grew.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+        growth: The events of growth, with `step`, `event` and `dendrites`.
+        metric: Name of the metric, without "eval_".
+        path: PNG file.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    points = [(entry["step"], entry[f"eval_{metric}"]) for entry in log_history if f"eval_{metric}" in entry]
+    axes.plot(*zip(*points, strict=True), marker=".")
+    for entry in growth:
+        axes.axvline(entry["step"], color="tab:green" if entry["event"] == "grown" else "tab:gray", linestyle="--")
+        label = f"{entry['event']}: {entry['dendrites']}"
+        top = ("data", "axes fraction")
+        axes.annotate(label, (entry["step"], 1), xycoords=top, va="bottom", fontsize=8, rotation=30)
+    axes.set(xlabel="step", ylabel=f"{metric} (dashed: dendrites per layer)")
+    _save_figure(figure, path)
+
+
 def _save_figure(figure: Figure, path: Path) -> None:
     with written_whole(path) as beside:
         figure.savefig(beside, dpi=150, format="png")

@@ -22,7 +22,7 @@ from transformers import Trainer
 from audio_dendrites.data.clips import is_local
 from audio_dendrites.files import written_whole
 from audio_dendrites.recipes import Recipe
-from audio_dendrites.results.plots import plot_classes, plot_learning_curves
+from audio_dendrites.results.plots import plot_classes, plot_growth, plot_learning_curves
 from audio_dendrites.results.scores import NAMES, score
 from audio_dendrites.results.tables import classes_table, scores_table, skipped_list
 
@@ -53,7 +53,10 @@ def write_run(
     dataset = Path(recipe.data.dataset).name if "dataset" in metrics["local"] else recipe.data.dataset
     title = f"{dataset}, test fold {' '.join(recipe.data.folds['test'])}"
     plot_classes(predictions["test"], labels, title, folder)
-    plot_learning_curves(trainer.state.log_history, trainer.args.metric_for_best_model, folder / "learning_curves.png")
+    log, metric = trainer.state.log_history, str(trainer.args.metric_for_best_model).removeprefix("eval_")
+    plot_learning_curves(log, metric, folder / "learning_curves.png")
+    if metrics["dendrites"] is not None:
+        plot_growth(log, metrics["dendrites"]["growth"], metric, folder / "dendrites.png")
     with written_whole(folder / "predictions.parquet") as path:
         predictions["test"].to_parquet(path, index=False)
     with written_whole(folder / "metrics.json") as path:
