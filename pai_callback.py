@@ -1,16 +1,16 @@
 """PerforatedAI dendrites in any Hugging Face Trainer. Copy this file beside your training script.
 
-    callback = PAICallback(PAIConfig(modules=["classifier.dense", "layers.-1.mlp.*"], max_dendrites=3))
+    callback = PAICallback(PAIConfig(modules=["classifier.dense", "layers.-1.mlp.*"], max_dendrites=1))
     trainer = PAITrainer(model=model, args=args, ..., callbacks=[callback])
     trainer.train()
 
 A dendrite is a fresh copy of a layer. Its activated output is added to the output of the layer, neuron by neuron,
-through weights that start at zero. Growth therefore leaves the logits as they are, and the training continues with more
-parameters.
+through weights that start at zero, called `top`. Growth therefore leaves the logits as they are, and the training
+continues with more parameters.
 
-The callback chooses the layers, watches a validation metric, grows dendrites, updates the optimizer, and reports what
-it does. A plain `Trainer` in one process needs nothing else. `PAITrainer`, or `PAITrainerMixin` in front of your own
-Trainer class, adds several processes, `load_best_model_at_end`, exact resumption, and growth in TensorBoard.
+The callback chooses the layers, grows dendrites, updates the optimizer, and reports what it does. A plain `Trainer` in
+one process needs nothing else. `PAITrainer`, or `PAITrainerMixin` in front of your own Trainer class, adds several
+processes, `load_best_model_at_end`, exact resumption, and growth in TensorBoard.
 
 The file has five rooms: configuration; choosing layers; perforatedai, contained; structure, optimizer, DDP; callback
 and Trainer mixin. It needs torch, transformers, accelerate and perforatedai (tested with 3.2.9).
@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import importlib.util
 import io
 import itertools
@@ -48,12 +49,23 @@ from transformers import Trainer, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 logger = logging.getLogger(__name__)
+say = functools.partial(print, flush=True)
 
 STATE_FILE = "pai_state.json"  # in a checkpoint: the structure, and the score that has not been acted on
 BEST_FILE = "pai_best.safetensors"  # in a checkpoint: the best weights so far, which growth starts from
+TOP_MOVED = 0.01  # mean of |top| below which dendrites are hardly used: their outputs are smaller than those of neurons
 AST_MODULES = ["classifier.dense", "layers.-1.mlp.*"]
+# The settings of perforatedai itself and of older versions of this file, in YAML `preset: perforatedai`.
+PERFORATEDAI = {
+    "schedule": "history", "max_dendrites": 3, "last_growth": 1, "activation": "sigmoid", "initial_scale": 0.01,
+    "top_learning_rate": 1,
+}  # fmt: skip
+UNSPLIT = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU")  # ways to train with whole parameters
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
-ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "gelu": nn.functional.gelu}
+ACTIVATIONS = {
+    "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "gelu": nn.functional.gelu,
+    "identity": nn.Identity(),
+}  # fmt: skip
 
 
 class PAIError(RuntimeError):
@@ -70,51 +82,81 @@ def _option(default: Any, text: str, interval: str | None = None) -> Any:
 @strict
 @dataclass
 class PAIConfig:
-    """Which layers grow dendrites, and when."""
+    """Which layers grow dendrites, when, and how they learn.
+
+    The defaults make dendrites learn. They were found in small models that train from random weights. Each of them
+    alone changes little; together they add about a point of accuracy where a small model lacks capacity.
+
+    - Growth in the first fifth of the steps (`schedule: early`), so that dendrites train for most of the schedule.
+    - A nonlinear feature to begin with: `activation: gelu` (Hendrycks and Gimpel 2016, arXiv:1606.08415) and
+      `initial_scale: fan_in`, a standard deviation of 1/sqrt(inputs) with biases of 0 (LeCun et al. 1998, "Efficient
+      BackProp"). With perforatedai's sigmoid and 0.01 the output of a new dendrite is nearly constant.
+    - `top_learning_rate: 10`: the weights that start at zero learn faster than the layer, without weight decay, as in
+      LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+    - `last_growth: 0.5`: dendrites that grow later have too few steps to learn.
+
+    `PERFORATEDAI` has perforatedai's own defaults (Brenner and Itti 2025, arXiv:2501.18018).
+    """
 
     modules: list[str] | None = _option(
         None,
         "Layers by name, by the end of their name, or by class, with wildcards. A negative number counts blocks from "
         "the end: 'layers.-1.mlp.*'. Default: AST's classifier and the MLP of the last block.",
     )
-    max_dendrites: int = _option(3, "Dendrites that a layer may grow; 0 trains the plain model.", "[0, inf)")
-    schedule: Literal["history", "fixed"] = _option(
-        "history",
-        "history: grow when the metric has not improved for `patience` evaluations. fixed: grow every `interval` "
-        "evaluations.",
+    max_dendrites: int = _option(1, "Dendrites that a layer may grow; 0 trains the plain model.", "[0, inf)")
+    schedule: Literal["early", "history", "fixed"] = _option(
+        "early",
+        "early: grow at fixed steps, without a metric. history: grow when the metric has not improved for `patience` "
+        "evaluations. fixed: grow every `interval` evaluations. The last two go back to the best weights first.",
     )
+    first_growth: float | int = _option(0.1, "early: share of the steps before each dendrite of a layer.", "[0, 1)")
+    last_growth: float | int = _option(0.5, "Share of the steps after which nothing grows.", "(0, 1]")
     patience: int = _option(5, "history: evaluations without improvement before growth.", "[1, inf)")
     interval: int = _option(10, "fixed: evaluations between growth.", "[1, inf)")
-    tries: int = _option(
-        2, "How often new dendrites replace dendrites that did not help, before growth ends.", "[1, inf)"
+    tries: int = _option(2, "history, fixed: growth ends when dendrites did not help this many times.", "[1, inf)")
+    metric: str | None = _option(None, "history, fixed: what decides. Default: metric_for_best_model, or eval_loss.")
+    improvement: float | int = _option(0.001, "history, fixed: share by which the metric must improve.", "[0, 1)")
+    stop_when_complete: bool = _option(True, "history, fixed: stop the training when growth has ended.")
+    activation: Literal["sigmoid", "tanh", "relu", "gelu", "identity"] = _option("gelu", "identity is a control.")
+    initial_scale: float | int | Literal["fan_in"] = _option("fan_in", "Standard deviation of new weights.", "(0, inf)")
+    top_learning_rate: float | int = _option(10, "Learning rate of `top`, as a multiple of its layer's.", "(0, inf)")
+    dendrite_learning_rate: float | int | None = _option(
+        None,
+        "Learning rate of dendrites, for layers that are frozen or learn slowly. `top` learns at `top_learning_rate` "
+        "times this. Default: the learning rate of the layer.",
+        "(0, inf)",
     )
-    metric: str | None = _option(
-        None, "Metric of the evaluation that decides. Default: metric_for_best_model, or eval_loss."
-    )
-    improvement: float | int = _option(
-        0.001, "An evaluation is better if it improves the metric by this share of the best value.", "[0, 1)"
-    )
-    stop_when_complete: bool = _option(
-        True, "Stop the training when growth is complete. Otherwise it continues from the best weights."
-    )
-    activation: Literal["sigmoid", "tanh", "relu", "gelu"] = _option("sigmoid", "Activation of the dendrites.")
-    initial_scale: float | int = _option(0.01, "Standard deviation of the weights of a new dendrite.", "(0, inf)")
 
     def __post_init__(self):
         for one in dataclasses.fields(self):
             value, interval = getattr(self, one.name), one.metadata["range"]
-            if interval is not None:
+            if interval is not None and isinstance(value, (int, float)):
                 low, high = map(float, interval[1:-1].split(","))
-                if not (low < value < high or (interval[0] == "[" and value == low)):
+                ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
+                if not (low < value < high or value in ends):
                     raise PAIError(f"pai: {one.name} must be in {interval}, got {value}")
+        if self.schedule == "early" and self.max_dendrites * self.first_growth > self.last_growth:
+            raise PAIError(
+                f"pai: max_dendrites times first_growth must be at most last_growth ({self.last_growth}), got "
+                f"{self.max_dendrites} times {self.first_growth}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PAIConfig":
         """A configuration from a mapping, for example from a block of YAML.
 
+        Args:
+            values: Fields by name. `preset: perforatedai` gives the others the defaults of `PERFORATEDAI`.
+
         Raises:
             PAIError: If a field is unknown or a value does not fit its field.
         """
+        number = re.compile(r"[\d.]+e[-+]?\d+")  # YAML reads 1e-4 as a text
+        values = {k: float(v) if isinstance(v, str) and number.fullmatch(v) else v for k, v in values.items()}
+        if (preset := values.pop("preset", None)) is not None:
+            if preset != "perforatedai":
+                raise PAIError(f"pai: preset must be perforatedai, got {preset!r}")
+            values = PERFORATEDAI | values
         known = [one.name for one in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
@@ -283,17 +325,10 @@ def _private_random_state(seed: int, device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-class _UseActivation:
+@torch._dynamo.disable
+def _use_activation(name: str, module: nn.Module, args: tuple) -> None:
     """Forward pre-hook of a model: perforatedai reads the activation from a variable that all models share."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    @torch._dynamo.disable
-    def __call__(self, module, args):
-        settings = _perforatedai()[0].pc
-        if settings.get_pai_forward_function() is not ACTIVATIONS[self.name]:
-            settings.set_pai_forward_function(ACTIVATIONS[self.name])
+    _perforatedai()[0].pc.set_pai_forward_function(ACTIVATIONS[name])
 
 
 def perforated_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -314,7 +349,7 @@ def _configure(config: PAIConfig, layers: list[Layer], parameter: nn.Parameter) 
         "module_names_to_perforate": [], "module_ids_to_perforate": [f".{layer.name}" for layer in layers],
         "output_dimensions": [-1, -1, 0],
         "device": parameter.device, "use_cuda": parameter.device.type == "cuda", "d_type": parameter.dtype,
-        "candidate_weight_initialization_multiplier": config.initial_scale,
+        "candidate_weight_initialization_multiplier": 1.0 if config.initial_scale == "fan_in" else config.initial_scale,
         "pai_forward_function": ACTIVATIONS[config.activation],
     }  # fmt: skip
     globals_pai = _perforatedai()[0]
@@ -342,7 +377,7 @@ def _perforate(model: nn.Module, layers: list[Layer], config: PAIConfig) -> None
             wrapped[layer.name].set_this_output_dimensions(dimensions)
             _set_up_arrays(wrapped[layer.name], layer)
     model.to(first.device)
-    model.register_forward_pre_hook(_UseActivation(config.activation))
+    model.register_forward_pre_hook(functools.partial(_use_activation, config.activation))
     _tidy(model)
 
 
@@ -356,15 +391,7 @@ def _set_up_arrays(module: nn.Module, layer: Layer) -> None:
 
 
 def _grow_to(model: nn.Module, layers: list[Layer], config: PAIConfig, dendrites: int, anew: bool = False) -> None:
-    """Add dendrites until each layer has this number.
-
-    Args:
-        model: The live model.
-        layers: Its perforated layers.
-        config: How new dendrites are drawn.
-        dendrites: Number of dendrites per layer.
-        anew: Remove the present dendrites first. The caller then loads the weights of all dendrites.
-    """
+    """Add dendrites until each layer has this number. `anew` first removes the present ones; their weights are lost."""
     utils, wrapped = _perforatedai()[1], perforated_layers(model)
     parameter = next(model.parameters())
     with _contained("adding dendrites"):
@@ -374,7 +401,14 @@ def _grow_to(model: nn.Module, layers: list[Layer], config: PAIConfig, dendrites
             if anew:
                 module.clear_dendrites()
                 _set_up_arrays(module, layer)
-            utils.simulate_cycles(module, 2 * (dendrites - module.dendrite_modules_added), True)
+            present = module.dendrite_modules_added
+            utils.simulate_cycles(module, 2 * (dendrites - present), True)
+            if config.initial_scale == "fan_in":
+                for new in module.dendrite_module.layers[present:]:
+                    fan_in = new.weight.shape[0] if isinstance(new, Conv1D) else new.weight[0].numel()
+                    new.weight.data.copy_(torch.randn(new.weight.shape) * fan_in**-0.5)
+                    if new.bias is not None:
+                        new.bias.data.zero_()
     model.to(parameter.device)
     _tidy(model)
 
@@ -419,6 +453,12 @@ def _dendrite_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.P
     return found
 
 
+def _own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a live model without dendrites and perforatedai's scaffolding."""
+    ours = re.compile(r"\.(dendrite_module|dendrites_to_top)\.")
+    return [parameter for name, parameter in model.named_parameters() if not ours.search(name)]
+
+
 def _inner_optimizer(optimizer) -> torch.optim.Optimizer:
     """torch's optimizer inside accelerate's wrapper."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
@@ -426,23 +466,26 @@ def _inner_optimizer(optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _check_optimizer(optimizer, model: nn.Module) -> None:
-    """Raises PAIError if the optimizer cannot take new parameters."""
-    inner = _inner_optimizer(optimizer)
-    groups = [] if isinstance(inner, torch.optim.LBFGS) else getattr(inner, "param_groups", [])
-    held = {id(parameter) for group in groups for parameter in group["params"]}
-    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    if left_out:
-        raise PAIError(
-            f"the optimizer {type(inner).__name__} cannot take new parameters, or does not hold {left_out[0]}: use an "
-            f"optimizer that keeps its state per parameter, such as adamw_torch, and freeze what is not trained"
-        )
+def _add_groups(optimizer, config: PAIConfig, scheduler=None) -> None:
+    """Add empty groups to the optimizer for what learns at a rate of its own: for each group one for its `top`.
 
-
-def _dendrite_states(optimizer, model: nn.Module) -> dict[str, dict]:
-    """The optimizer's state of the dendrites by live name."""
-    state = _inner_optimizer(optimizer).state
-    return {name: state[one] for name, (one, *_) in _dendrite_parameters(model).items() if one in state}
+    They exist from the first step, so that the scheduler and the checkpoints always have the same number of groups.
+    """
+    inner, own_rate = _inner_optimizer(optimizer), config.dendrite_learning_rate
+    kinds = {"top": config.top_learning_rate} | ({} if own_rate is None else {"dendrites": 1})
+    if any("pai" in group for group in inner.param_groups) or kinds == {"top": 1}:
+        return
+    for place, kind in itertools.product(range(len(inner.param_groups)), kinds):
+        group = inner.param_groups[place]
+        initial = group.get("initial_lr", group["lr"])
+        rate = kinds[kind] * (initial if own_rate is None else own_rate)
+        now = rate * group["lr"] / initial if initial else rate
+        new = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
+        new |= {"params": [], "lr": now, "pai": [kind, place]} | ({"initial_lr": rate} if "initial_lr" in group else {})
+        inner.add_param_group(new | ({"weight_decay": 0.0} if kind == "top" else {}))
+        for name in ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs"):  # a scheduler that was made before
+            if values := getattr(scheduler, name, None):
+                values.append({"base_lrs": rate, "_last_lr": now}.get(name, values[place]))
 
 
 def _sync_optimizer(
@@ -450,28 +493,25 @@ def _sync_optimizer(
 ) -> None:
     """Put the present dendrites into the groups of the same optimizer object. Scheduler and accelerate refer to it.
 
-    A parameter of a dendrite joins the group of the layer's own parameter. In a group the model's own parameters come
-    first, in their order, and then the dendrites. A resume finds the same order.
-
-    Args:
-        optimizer: Changed in place.
-        model: The live model.
-        weight_decay: Of the run, for dendrites on frozen layers.
-        before: What `_dendrite_states` returned before the model changed.
-        newest: Number of the dendrite that has just grown and has no past. None if nothing has grown.
+    A parameter of a dendrite joins the group of the layer's own parameter, or the group that `_add_groups` made for it.
+    In a group the model's own parameters come first, in their order, and then the dendrites, so that a resume finds the
+    same order. The state `before` is kept, except that of the `newest` dendrites, which have no past.
     """
     inner, dendrites = _inner_optimizer(optimizer), _dendrite_parameters(model)
-    own = {id(parameter) for parameter in model.parameters()} - {id(one) for one, *_ in dendrites.values()}
-    home = {id(p): group for group in inner.param_groups for p in group["params"]}
+    own = {id(parameter) for parameter in _own_parameters(model)}
+    plain = [group for group in inner.param_groups if "pai" not in group]
+    special = {tuple(group["pai"]): group for group in inner.param_groups if "pai" in group}
+    home = {id(p): place for place, group in enumerate(plain) for p in group["params"]}
     for group in inner.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) in own]
     for parameter in [parameter for parameter in inner.state if id(parameter) not in own]:
         del inner.state[parameter]
     for name, (parameter, source, number) in dendrites.items():
         decay = weight_decay if parameter.dim() > 1 else 0.0
-        fitting = [group for group in inner.param_groups if group.get("weight_decay") == decay] or inner.param_groups
+        fitting = [place for place, group in enumerate(plain) if group.get("weight_decay") == decay] or [len(plain) - 1]
         # The layer may be frozen. The last group is in the usual order the nearest to the head.
-        home.get(id(source), fitting[-1])["params"].append(parameter)
+        place, kind = home.get(id(source), fitting[-1]), "top" if ".dendrites_to_top." in name else "dendrites"
+        special.get((kind, place), plain[place])["params"].append(parameter)
         if name in before and number != newest:
             inner.state[parameter] = before[name]
     inner.zero_grad(set_to_none=True)
@@ -491,27 +531,11 @@ def _rewrap(wrapper: nn.Module) -> None:
     wrapper.train(training)
 
 
-def _refuse_parallelism(args) -> None:
-    """Raises PAIError if the parameters are distributed in a way that cannot follow growth."""
-    named = "nn.DataParallel" if args.n_gpu > 1 else "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else None
-    kind = str(getattr(AcceleratorState._shared_state.get("distributed_type"), "value", "NO"))
-    if named or kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU"):
-        raise PAIError(
-            f"{named or kind} cannot follow growth, which needs whole parameters in one process per device: start with "
-            f"torchrun --nproc_per_node {max(1, args.n_gpu)}, or use one device with CUDA_VISIBLE_DEVICES=0"
-        )
-
-
 # ---- Room 5: callback and Trainer mixin ----
 
 
 def _judge(history: list[dict[str, Any]], config: PAIConfig, greater_is_better: bool) -> tuple[bool, str]:
-    """What follows from the evaluations so far. perforatedai's own tracker comes to the same decisions.
-
-    Args:
-        history: All evaluations, with the event that followed each of them. The last one has none yet.
-        config: Its schedule.
-        greater_is_better: Whether a higher metric is better.
+    """What follows from the evaluations in `history`. perforatedai's own tracker comes to the same decisions.
 
     Returns:
         Whether the last model is the best so far, and the event: "grown" (the best model gets one more dendrite),
@@ -525,7 +549,7 @@ def _judge(history: list[dict[str, Any]], config: PAIConfig, greater_is_better: 
 
     best = best_since_growth = None
     is_best = helped = False
-    waited = tries = 0
+    waited = retried = 0
     for entry in history:
         waited, is_best = waited + 1, False
         if beats(entry["metric"], best_since_growth):
@@ -533,13 +557,13 @@ def _judge(history: list[dict[str, Any]], config: PAIConfig, greater_is_better: 
         if is_best:
             best, helped = entry["metric"], True
         if entry["event"] in ("grown", "retried"):
-            tries = tries + 1 if entry["event"] == "retried" else 0
+            retried += entry["event"] == "retried"
             waited, best_since_growth, helped = 0, None, False
     if waited < config.patience if config.schedule == "history" else len(history) % config.interval:
         return is_best, ""
     if helped:
         return is_best, "complete" if history[-1]["evaluated_dendrites"] == config.max_dendrites else "grown"
-    return is_best, "retried" if tries + 1 < config.tries else "complete"
+    return is_best, "retried" if retried + 1 < config.tries else "complete"
 
 
 class PAICallback(TrainerCallback):
@@ -556,12 +580,9 @@ class PAICallback(TrainerCallback):
 
     def __init__(self, config: PAIConfig | Mapping[str, Any] | None = None):
         self.config = PAIConfig.from_dict(config) if isinstance(config, Mapping) else config or PAIConfig()
-        if self.grows and importlib.util.find_spec("perforatedai") is None:
-            raise PAIError("perforatedai is not installed: pip install perforatedai==3.2.9 (Python 3.11 or 3.12)")
-        if self.grows and importlib.util.find_spec("perforatedbp") is not None:
-            raise PAIError(
-                "perforatedbp changes what perforatedai does; it is not supported: pip uninstall perforatedbp"
-            )
+        installed = [importlib.util.find_spec(name) is not None for name in ("perforatedai", "perforatedbp")]
+        if self.grows and installed != [True, False]:
+            raise PAIError("dendrites need perforatedai (pip install perforatedai==3.2.9) without perforatedbp")
         self.trainer: Trainer | None = None  # set by PAITrainerMixin
         self.history: list[dict[str, Any]] = []
         self.complete = False
@@ -582,12 +603,13 @@ class PAICallback(TrainerCallback):
 
     # Events of the Trainer
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if self.grows and not self.active:
-            self._check_run(args, state)
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+        if not self.grows and not self.active:
+            return
+        self._check_run(args, state, model, _inner_optimizer(optimizer))
+        if not self.active:
             self._start(args, model, kwargs["train_dataloader"])
-        if self.active:
-            _check_optimizer(optimizer, model)
+        _add_groups(optimizer, self.config, lr_scheduler)
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         if self.active and not self.complete and state.global_step > 0:
@@ -603,6 +625,9 @@ class PAICallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.complete and self.config.stop_when_complete:
             model.load_state_dict(self._best)  # the loop looks at should_training_stop only after one more step
+        grown = [entry["step"] for entry in self.history if entry["event"] in ("grown", "retried")]
+        if grown and state.global_step == grown[-1] + max(1, state.max_steps // 10):
+            self._check_top(state, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self._pending is not None:
@@ -612,18 +637,30 @@ class PAICallback(TrainerCallback):
 
     # Start
 
-    def _check_run(self, args, state) -> None:
+    def _check_run(self, args, state, model: nn.Module, optimizer) -> None:
         """Raises PAIError if the training asks for something that dendrites do not allow."""
-        _refuse_parallelism(args)
-        if self.trainer is None and (args.load_best_model_at_end or state.global_step > 0 or args.world_size > 1):
-            raise PAIError(
-                "with dendrites, load_best_model_at_end, resume_from_checkpoint and several processes need PAITrainer "
-                "instead of Trainer, or PAITrainerMixin in front of your own Trainer class"
-            )
-        if args.auto_find_batch_size:
-            raise PAIError("auto_find_batch_size starts the training twice; with dendrites set the batch size yourself")
-        if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
-            raise PAIError(f"eval_strategy must be steps or epoch, because growth follows {self._metric(args)}, got no")
+        kind = str(getattr(AcceleratorState._shared_state.get("distributed_type"), "value", "NO"))
+        split = args.n_gpu > 1 or args.fsdp or args.deepspeed
+        groups = [] if isinstance(optimizer, torch.optim.LBFGS) else getattr(optimizer, "param_groups", [])
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        faults = {
+            "nn.DataParallel, FSDP and DeepSpeed cannot follow growth: start one process per device with torchrun "
+            "--nproc_per_node, or use one device with CUDA_VISIBLE_DEVICES=0": split or kind not in UNSPLIT,
+            "load_best_model_at_end, resume_from_checkpoint and several processes need PAITrainer instead of Trainer, "
+            "or PAITrainerMixin in front of your own Trainer class": self.trainer is None
+            and (args.load_best_model_at_end or state.global_step > 0 or args.world_size > 1),
+            "auto_find_batch_size starts the training twice: set the batch size yourself": args.auto_find_batch_size,
+            f"eval_strategy must be steps or epoch, because growth follows {self._metric(args)}, got no": (
+                self.config.schedule != "early" and args.eval_strategy == "no"
+            ),
+            f"the optimizer {type(optimizer).__name__} cannot take new parameters, or does not hold all trained ones: "
+            "use adamw_torch, or another one with a state per parameter": any(
+                parameter.requires_grad and id(parameter) not in held for parameter in model.parameters()
+            ),
+        }
+        for fault, found in faults.items():
+            if found:
+                raise PAIError(f"with dendrites, {fault}")
 
     def _start(self, args, model: nn.Module, dataloader) -> None:
         if perforated_layers(model):
@@ -633,11 +670,8 @@ class PAICallback(TrainerCallback):
             self._layers = probe_layers(model, _few_examples(dataloader, args.device), names)
             _perforate(model, self._layers, self.config)
         if args.should_save:
-            print(
-                f"Dendrites: up to {self.config.max_dendrites} per layer ({self.config.schedule}, "
-                f"{self.config.activation}) on {', '.join(names)}",
-                flush=True,
-            )
+            how = f"{self.config.schedule}, {self.config.activation}"
+            say(f"Dendrites: up to {self.config.max_dendrites} per layer ({how}) on {', '.join(names)}")
 
     def _metric(self, args) -> str:
         name = self.config.metric or args.metric_for_best_model or "loss"
@@ -651,41 +685,52 @@ class PAICallback(TrainerCallback):
     # Growth
 
     def _act(self, args, state, control, model, optimizer) -> None:
-        """Deal with the pending score."""
+        """Deal with the pending score, and grow if it is time."""
         if not self.active or self.complete:
             return
-        if self._pending is None:
-            if self._names_seen and not self.history:
-                name, names = self._metric(args), sorted(self._names_seen)
-                raise PAIError(f"pai: metric must be one of {', '.join(names)}, got {name!r}{_near(name, names)}")
-            return
+        if self._pending is None and self._names_seen and not self.history and self.config.schedule != "early":
+            name, names = self._metric(args), sorted(self._names_seen)
+            raise PAIError(f"pai: metric must be one of {', '.join(names)}, got {name!r}{_near(name, names)}")
         if control.should_training_stop or state.global_step >= state.max_steps:
             return  # nothing would train what grows now
-        entry, self._pending = self._pending, None
-        self.history.append(entry)
-        is_best, event = _judge(self.history, self.config, self._is_greater_better(args))
-        if is_best:
-            self._best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        entry, self._pending, event = self._pending, None, ""
+        if entry is not None:
+            self.history.append(entry)
+        if self.config.schedule == "early":
+            dendrites = max(structure_of(model).values())
+            due = (dendrites + 1) * self.config.first_growth * state.max_steps
+            if dendrites < self.config.max_dendrites and state.global_step >= due:
+                event = "grown"
+        elif entry is not None and state.global_step <= self.config.last_growth * state.max_steps:
+            is_best, event = _judge(self.history, self.config, self._is_greater_better(args))
+            if is_best:
+                self._best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
         if event:
+            if entry is None:
+                entry = self._entry(state.global_step, None, model)
+                self.history.append(entry)
             self._change(args, state, model, optimizer, event)
             entry |= self._entry(state.global_step, entry["metric"], model, event)
-        self._log(state, entry)
+        if entry is not None:
+            self._log(state, entry)
         if event == "complete":
             self.complete = True
             control.should_training_stop |= self.config.stop_when_complete
 
     def _change(self, args, state, model, optimizer, event: str) -> None:
-        """Go back to the best weights. Unless growth is complete, add a dendrite to each layer.
+        """Go back to the best weights if the schedule says so. Unless growth is complete, add dendrites to the layers.
 
         All ranks do the same with the same random numbers. Then DDP starts again with the weights of rank 0.
         """
-        states, newest = _dendrite_states(optimizer, model), None
+        held, newest = _inner_optimizer(optimizer).state, None
+        before = {name: held[one] for name, (one, *_) in _dendrite_parameters(model).items() if one in held}
         with _private_random_state(args.seed * 1_000_003 + state.global_step, args.device):
-            self._load_best(model)
+            if self.config.schedule != "early":
+                self._load_best(model)
             if event != "complete":
                 newest = max(structure_of(model).values())
                 _grow_to(model, self._layers, self.config, newest + 1)
-        _sync_optimizer(optimizer, model, args.weight_decay, states, newest)
+        _sync_optimizer(optimizer, model, args.weight_decay, before, newest)
         if args.world_size > 1:
             _rewrap(self.trainer.model_wrapped)
         if args.torch_compile:
@@ -700,19 +745,15 @@ class PAICallback(TrainerCallback):
 
     def parameters(self, model: nn.Module) -> int:
         """Number of parameters that the model computes with, without perforatedai's scaffolding."""
-        dendrites, scaffolding = _dendrite_parameters(model), re.compile(r"\.(dendrite_module|dendrites_to_top)\.")
-        return sum(
-            parameter.numel()
-            for name, parameter in model.named_parameters()
-            if name in dendrites or not scaffolding.search(name)
-        )
+        dendrites = [parameter for parameter, *_ in _dendrite_parameters(model).values()]
+        return sum(parameter.numel() for parameter in [*_own_parameters(model), *dendrites])
 
     def summary(self, model: nn.Module) -> dict[str, Any]:
         """The dendrites of each layer, their activation, and the events of growth."""
         growth = [entry for entry in self.history if entry["event"]]
         return {"layers": structure_of(model), "activation": self.config.activation, "growth": growth}
 
-    def _entry(self, step: int, score: float, model: nn.Module, event: str = "") -> dict[str, Any]:
+    def _entry(self, step: int, score: float | None, model: nn.Module, event: str = "") -> dict[str, Any]:
         """An entry of the history, as the model is now."""
         count = max(structure_of(model).values())
         changed = {"dendrites": count, "parameters": self.parameters(model), "event": event}
@@ -728,10 +769,21 @@ class PAICallback(TrainerCallback):
                 "retried": "the dendrites did not help, new ones grew",
                 "complete": "growth is complete, the best weights are back",
             }
-            print(
+            metric = "" if entry["metric"] is None else f", metric {entry['metric']:.5g}"
+            say(
                 f"Dendrites, step {entry['step']}: {what[entry['event']]}; {entry['evaluated_dendrites']} -> "
-                f"{entry['dendrites']} per layer, {entry['parameters']:,} parameters, metric {entry['metric']:.5g}",
-                flush=True,
+                f"{entry['dendrites']} per layer, {entry['parameters']:,} parameters{metric}"
+            )
+
+    def _check_top(self, state, model: nn.Module) -> None:
+        """Warn if the weights from dendrites to neurons have hardly moved from zero."""
+        top = {name: module.dendrites_to_top[-1][-1].abs().mean() for name, module in perforated_layers(model).items()}
+        still = [name for name, mean in top.items() if mean < TOP_MOVED]
+        if still and state.is_world_process_zero:
+            logger.warning(
+                f"Dendrites, step {state.global_step}: the newest dendrites of {', '.join(still)} are hardly used. Their "
+                f"weights to the neurons (`top`) began at 0 and are {max(top[name] for name in still):.2g} on average. "
+                f"Raise top_learning_rate or dendrite_learning_rate, or grow earlier."
             )
 
     # Checkpoints
@@ -741,7 +793,7 @@ class PAICallback(TrainerCallback):
         structure = structure_of(model)
         values = {
             "layers": [{**layer._asdict(), "dendrites": structure[layer.name]} for layer in self._layers],
-            "activation": self.config.activation,
+            "config": dataclasses.asdict(self.config),
             "pending": self._pending,
             "complete": self.complete,
             "history": self.history,
@@ -758,12 +810,17 @@ class PAICallback(TrainerCallback):
         """
         values = _read_state(folder)
         layers = [Layer(one["name"], tuple(one["shape"]), one["axis"]) for one in values["layers"]]
-        for what, found, expected in (
-            ("dendrites on", choose_layers(model, self.config), [layer.name for layer in layers]),
-            ("the activation", self.config.activation, values["activation"]),
-        ):
-            if found != expected:
-                raise PAIError(f"{folder}: the checkpoint has {what} {expected}, the configuration has {found}")
+        then = values.get("config") or PERFORATEDAI | {"activation": values["activation"]}  # else of an older version
+        chosen, found = choose_layers(model, self.config), [layer.name for layer in layers]
+        if chosen != found:
+            raise PAIError(f"{folder}: the checkpoint has dendrites on {found}, the configuration on {chosen}")
+        for name in ("activation", "top_learning_rate", "dendrite_learning_rate"):
+            if then.get(name) != getattr(self.config, name):
+                raise PAIError(
+                    f"{folder} was written with {name}: {then.get(name)}, the configuration has "
+                    f"{getattr(self.config, name)}. Set the former value. If an older pai_callback.py wrote the "
+                    f"checkpoint, set preset: perforatedai"
+                )
         self._layers = layers
         with _private_random_state(args.seed, args.device):
             _perforate(model, layers, self.config)
@@ -772,6 +829,8 @@ class PAICallback(TrainerCallback):
         if (folder / BEST_FILE).exists():
             self._best = load_file(folder / BEST_FILE)
         self._pending, self.complete, self.history = values["pending"], values["complete"], values["history"]
+        if isinstance(self._pending, float):  # of an older version
+            self._pending = self._entry(self.trainer.state.global_step, self._pending, model)
 
     def restructure(self, folder: Path, model: nn.Module) -> None:
         """Give a live model the structure of a checkpoint, before its weights are loaded."""
@@ -809,6 +868,8 @@ class PAITrainerMixin:
 
     def create_optimizer(self, model: nn.Module | None = None):
         optimizer = super().create_optimizer(model)
+        if self.pai_callback is not None and self.pai_callback.grows:
+            _add_groups(optimizer, self.pai_callback.config, self.lr_scheduler)
         if self._resumed_folder is not None:
             # Only now, so that the groups of the optimizer are those of the plain model, as in the interrupted run.
             folder, self._resumed_folder = self._resumed_folder, None

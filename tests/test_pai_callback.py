@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,19 +132,22 @@ def compute_metrics(evaluations, prediction) -> dict[str, float]:
     return {"accuracy": float(accuracy), "count": float(count), "second": -abs(count - 2)}
 
 
+# Growth at every evaluation, with three dendrites per layer at most and the other defaults.
+OFTEN = {"schedule": "fixed", "interval": 1, "max_dendrites": 3, "last_growth": 1, "tries": 9}
+EARLY = {"schedule": "early", "first_growth": 0.25, "max_dendrites": 2}  # after steps 2.5 and 5 of 10
+
+
 def trainer_for(
     folder, kind="ast", pai=None, model=None, trainer=PAITrainer, callbacks=(), options=None, **changes
 ) -> Trainer:
-    """A trainer that evaluates every other of 10 steps, and by default grows at every evaluation."""
+    """A trainer that takes 10 steps and evaluates after every other."""
     arguments = {
         "max_steps": 10, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 24, "learning_rate": 1e-2,
         "weight_decay": 0.1, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "logging_steps": 100,
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 3,
     } | changes  # fmt: skip
     model = build(kind) if model is None else model
-    grower = (
-        [] if pai is None else [PAICallback(PAIConfig(**{"schedule": "fixed", "interval": 1} | LAYERS[kind] | pai))]
-    )
+    grower = [] if pai is None else [PAICallback(LAYERS[kind] | pai)]
     return trainer(
         model,
         TrainingArguments(str(folder), **arguments),
@@ -208,46 +212,52 @@ class At(TrainerCallback):
     """Calls a function at an event."""
 
     def __init__(self, event: str, act: Callable):
-        setattr(self, event, lambda args, state, control, **kwargs: act(state, control, kwargs))
+        self.trainer = None
+        setattr(
+            self, event, lambda args, state, control, **kwargs: act(state, control, kwargs | {"trainer": self.trainer})
+        )
 
 
 # Growth
 
 
+@pytest.mark.parametrize("pai", [EARLY, OFTEN], ids=["early", "often"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_any_model_grows_in_a_plain_trainer_with_the_callback_alone(kind, tmp_path):
-    at_growth = []
+def test_any_model_grows_in_a_plain_trainer_with_the_callback_alone(kind, pai, tmp_path):
+    seen = []
 
     def compare(state, control, kwargs):
         trained = kwargs["model"].training
-        at_growth.append(logits(kwargs["model"], kind))
+        seen.append((events(kwargs["trainer"]), logits(kwargs["model"], kind)))
         kwargs["model"].train(trained)
 
-    # The second callback sees the model after growth, the evaluation before it.
-    look = [At("on_evaluate", compare), At("on_step_begin", compare)]
-    trainer = run(tmp_path, kind, {"max_dendrites": 3, "tries": 9}, trainer=Trainer, callbacks=look, max_steps=9)
-    assert {"grown"} < set(events(trainer)) | {""}
-    assert events(trainer)[0] == "grown" and torch.equal(at_growth[2], at_growth[3])  # step 2: before, after
+    look = [At("on_step_end", compare), At("on_step_begin", compare)]  # the second sees the model after growth
+    trainer = trainer_for(tmp_path, kind, pai, trainer=Trainer, callbacks=look, lr_scheduler_type="cosine")
+    for callback in look:
+        callback.trainer = trainer
+    trainer.train()
+    grown = [(one, other) for one, other in itertools.pairwise(seen) if one[0].count("grown") < other[0].count("grown")]
+    assert grown and all(torch.equal(one[1], other[1]) for one, other in grown if pai is EARLY or one[0] == [])
     assert_dendrites_learned(trainer.model)
     assert_optimizer_holds_what_is_trained(trainer)
 
 
 def test_growth_adds_the_parameters_that_the_logs_say(tmp_path, capsys):
     before = sum(p.numel() for p in build().parameters())
-    trainer = run(tmp_path, pai={"max_dendrites": 2, "tries": 9})
+    trainer = run(tmp_path, pai=OFTEN | {"max_dendrites": 2})
     dendrites = structure_of(trainer.model)["classifier.dense"]
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     added = dendrites * (544 + 32 + 528 + 16 + 51 + 3) + dendrites * (dendrites - 1) // 2 * (32 + 16 + 3)
     assert dendrites >= 1 and history(trainer)[-1]["parameters"] == trained == before + added
     out = capsys.readouterr().out
-    assert f"Dendrites, step 2: dendrites grew; 0 -> 1 per layer, {before + 1174:,} parameters" in out
+    assert f"Dendrites, step 2: dendrites grew; 0 -> 1 per layer, {before + 1174:,} parameters, metric" in out
 
 
-@pytest.mark.parametrize("growth_interval", [2000, 3])
-def test_fp16s_loss_scaling_follows_growth(tmp_path, growth_interval):
+@pytest.mark.parametrize(("pai", "growth_interval"), [(EARLY, 2000), (OFTEN, 3)])
+def test_fp16s_loss_scaling_follows_growth(tmp_path, pai, growth_interval):
     """On a CPU, in fp32: a scale that is a power of two changes no bit, if every gradient is scaled back."""
     # Without clipping, before which accelerate scales back in fp16 alone.
-    options = {"pai": {"max_dendrites": 2, "tries": 9}, "max_grad_norm": 0.0}
+    options = {"pai": pai, "max_grad_norm": 0.0}
     trainer = trainer_for(tmp_path / "scaled", **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=growth_interval)
     trainer.accelerator.scaler = scaler
@@ -258,7 +268,7 @@ def test_fp16s_loss_scaling_follows_growth(tmp_path, growth_interval):
 
 
 def test_a_step_that_overflows_is_left_out_and_growth_goes_on(tmp_path):
-    trainer = trainer_for(tmp_path, pai={"max_dendrites": 2, "tries": 9}, max_steps=20, max_grad_norm=0.0)
+    trainer = trainer_for(tmp_path, pai=EARLY, max_steps=20, max_grad_norm=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)  # at first infinite gradients
     trainer.accelerator.scaler = scaler
     trainer.train()
@@ -270,9 +280,8 @@ def test_a_step_that_overflows_is_left_out_and_growth_goes_on(tmp_path):
 def test_until_it_grows_a_run_is_the_baseline_bit_for_bit(tmp_path):
     dropout = {"hidden_dropout_prob": 0.1}
     baseline = run(tmp_path / "0", trainer=Trainer, model=build(**dropout))
-    for number, pai in enumerate([{"max_dendrites": 0}]):
-        trainer = run(tmp_path / f"a{number}", pai=pai, model=build(**dropout))
-        assert_same(tensors(baseline.model), tensors(trainer.model))
+    trainer = run(tmp_path / "a", pai={"max_dendrites": 0}, model=build(**dropout))
+    assert_same(tensors(baseline.model), tensors(trainer.model))
     trainer = run(tmp_path / "b", pai={"schedule": "history", "patience": 99}, model=build(**dropout))
     assert structure_of(trainer.model) == dict.fromkeys(AST_LAYERS, 0)
     assert_same(tensors(baseline.model), plain(tensors(trainer.model)))
@@ -281,7 +290,7 @@ def test_until_it_grows_a_run_is_the_baseline_bit_for_bit(tmp_path):
 # Choose
 
 
-def test_layers_are_chosen_by_name_from_the_end_by_type_or_by_block():
+def test_layers_are_chosen_by_name_from_the_end_or_by_class():
     model = build()
     assert choose_layers(model, PAIConfig()) == AST_LAYERS
     assert choose_layers(model, PAIConfig(modules=["layers.1.mlp.*", "dense"])) == AST_LAYERS
@@ -292,72 +301,182 @@ def test_layers_are_chosen_by_name_from_the_end_by_type_or_by_block():
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("modules", "message"),
     [
-        ({"modules": ["classifier.dens"]}, r"got 'classifier.dens' .did you mean 'classifier.dense'"),
-        ({"modules": ["layers.1.mpl.*"]}, r"did you mean .*layers.1.mlp"),
-        ({"modules": ["layers.5.mlp.*"]}, "must name layers of the model"),
-        ({"modules": ["*.layernorm_*"]}, "linear or convolutional layers.*LayerNorm"),
-        ({"modules": []}, "empty list"),
+        (["classifier.dens"], r"got 'classifier.dens' .did you mean 'classifier.dense'"),
+        (["layers.1.mpl.*"], r"did you mean .*layers.1.mlp"),
+        (["layers.5.mlp.*"], "must name layers of the model"),
+        (["*.layernorm_*"], "linear or convolutional layers.*LayerNorm"),
+        ([], "empty list"),
     ],
 )
-def test_what_names_no_layer_is_an_error_with_near_matches(config, message):
+def test_what_names_no_layer_is_an_error_with_near_matches(modules, message):
     with pytest.raises(PAIError, match=message):
-        choose_layers(build(), PAIConfig(**config))
+        choose_layers(build(), PAIConfig(modules=modules))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"schedule": "often"}, r"'schedule' expected one of \('history', 'fixed'\), got often"),
+        ({"schedule": "often"}, r"'schedule' expected one of \('early', 'history', 'fixed'\), got often"),
         ({"max_dendrites": -1}, r"max_dendrites must be in \[0, inf\), got -1"),
         ({"max_dendrites": True}, "'max_dendrites' expected int, got bool"),
         ({"modules": "classifier"}, "'modules' expected a list, got str"),
         ({"module": ["classifier"]}, "unknown field 'module' .did you mean 'modules'"),
+        ({"initial_scale": 0}, r"initial_scale must be in \(0, inf\), got 0"),
+        ({"last_growth": "1.5e0"}, r"last_growth must be in \(0, 1\], got 1.5"),  # YAML reads 1e-4 as a text
+        (
+            {"max_dendrites": 6},
+            r"max_dendrites times first_growth must be at most last_growth \(0.5\), got 6 times 0.1",
+        ),
+        ({"preset": "vendor"}, "preset must be perforatedai, got 'vendor'"),
     ],
 )
-def test_a_wrong_field_is_named_with_what_was_found_and_wanted(config, message):
+def test_a_wrong_field_is_named_with_what_it_must_be(config, message):
     with pytest.raises(PAIError, match=message):
         PAICallback(config)
 
 
-def test_every_field_says_what_it_is_for():
+def test_the_defaults_are_those_that_make_dendrites_learn_and_the_preset_perforatedais():
+    names = ("schedule", "max_dendrites", "last_growth", "activation", "initial_scale", "top_learning_rate")
+    for config, values in (
+        (PAIConfig(), ("early", 1, 0.5, "gelu", "fan_in", 10)),
+        (PAIConfig.from_dict({"preset": "perforatedai"}), ("history", 3, 1, "sigmoid", 0.01, 1)),
+        (PAIConfig.from_dict({"preset": "perforatedai", "activation": "gelu"}), ("history", 3, 1, "gelu", 0.01, 1)),
+    ):
+        assert tuple(getattr(config, name) for name in names) == values
     assert all(one.metadata["help"] for one in PAIConfig.__dataclass_fields__.values())
 
 
 # Schedule
 
 
-def test_growth_follows_the_schedule(tmp_path):
-    fixed = run(tmp_path / "fixed", pai={"schedule": "fixed", "interval": 2, "tries": 9}, eval_steps=1)
+def test_early_growth_follows_the_steps_and_needs_no_evaluation(tmp_path):
+    trainer = run(tmp_path, pai=EARLY, eval_strategy="no")
+    assert [(entry["step"], entry["event"], entry["metric"]) for entry in history(trainer)] == [
+        (3, "grown", None), (5, "grown", None),
+    ]  # fmt: skip
+    trainer = run(tmp_path, pai={"first_growth": 0}, max_steps=12, eval_strategy="epoch")
+    assert [(entry["step"], entry["event"]) for entry in history(trainer)] == [(0, "grown"), (6, ""), (12, "")]
+    assert trainer.state.global_step == 12  # stop_when_complete is not for this schedule
+
+
+def test_growth_follows_the_evaluations(tmp_path):
+    fixed = run(tmp_path / "fixed", pai=OFTEN | {"interval": 2}, eval_steps=1)
     assert [entry["step"] for entry in history(fixed) if entry["event"]] == [2, 4, 6, 8]
-    every = run(tmp_path / "every", pai={"interval": 1, "tries": 9, "max_dendrites": 9}, eval_steps=1)
-    assert all(events(every)[:-1])
+    often = run(tmp_path / "often", pai=OFTEN | {"max_dendrites": 9}, eval_steps=1)
+    assert all(events(often)[:-1])
     # Learning nothing, the first evaluation is the best; two later there is growth, and two after its first the end.
-    waits = run(
-        tmp_path / "history", pai={"schedule": "history", "patience": 2, "tries": 1}, eval_steps=1, learning_rate=0.0
-    )
-    assert events(waits) == ["", "", "grown", "", "", "complete"]
-    assert (
-        waits.state.global_step == 7
-    )  # without a checkpoint due, the loop ends one step later, whose update is undone
+    waits = {"schedule": "history", "patience": 2, "tries": 1, "last_growth": 1}
+    ends = run(tmp_path / "history", pai=waits, eval_steps=1, learning_rate=0.0)
+    assert events(ends) == ["", "", "grown", "", "", "complete"]
+    assert ends.state.global_step == 7  # without a checkpoint due, the loop takes one more step, which is undone
+    late = run(tmp_path / "late", pai=waits | {"last_growth": 0.4}, eval_steps=1, learning_rate=0.0)
+    assert events(late) == ["", "", "grown"] + 7 * [""] and late.state.global_step == 10
+
+
+@pytest.mark.parametrize("greater", [True, False])
+@pytest.mark.parametrize("schedule", ["history", "fixed"])
+def test_events_are_those_of_perforatedais_own_tracker(schedule, greater, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = PAIConfig(schedule=schedule, patience=2, interval=3, tries=2, max_dendrites=3)
+    for seed in range(4):
+        model, scores = build("cnn"), 0.5 + 0.1 * np.random.default_rng(seed).standard_normal(25).round(1)
+        layers = pai_callback.probe_layers(model, {"input_values": torch.zeros(2, 16, 16)}, ["head"])
+        with pai_callback._contained("a test"):
+            globals_pai, utils = pai_callback._perforatedai()
+            pai_callback._configure(config, layers, model.head.weight)
+            for name, value in {
+                "switch_mode": {"history": 1, "fixed": 2}[schedule], "n_epochs_to_switch": 2, "fixed_switch_num": 3,
+                "max_dendrite_tries": 2, "max_dendrites": 3, "improvement_threshold": 0.001, "test_saves": False,
+                "initial_history_after_switches": -1, "find_best_lr": False,
+                "dont_give_up_unless_learning_rate_lowered": False,
+            }.items():  # fmt: skip
+                getattr(globals_pai.pc, f"set_{name}")(value)
+            utils.perforate_model(model, save_name="PAI", making_graphs=False, maximizing_score=greater)
+            model.head.set_this_output_dimensions([-1, 0])
+            pai_callback._set_up_arrays(model.head, layers[0])
+            ours, theirs, dendrites = [], [], 0
+            for score in scores:
+                optimizer = torch.optim.SGD(model.parameters())
+                globals_pai.pai_tracker.set_optimizer_instance(optimizer)
+                _, changed, complete = globals_pai.pai_tracker.add_validation_score(float(score), model)
+                ours.append({"metric": score, "evaluated_dendrites": dendrites, "event": ""})
+                ours[-1]["event"] = pai_callback._judge(ours, config, greater)[1]
+                now = model.head.dendrite_modules_added
+                theirs.append(
+                    "complete" if complete else "" if not changed else "grown" if now > dendrites else "retried"
+                )
+                dendrites = now
+                if complete:
+                    break
+        assert [entry["event"] for entry in ours] == theirs
+        assert "grown" in theirs
 
 
 def test_a_complete_training_stops_with_the_best_weights(tmp_path):
     for strategy in ("steps", "no", "best"):
         saving = {"save_strategy": strategy, "save_steps": 2, "metric_for_best_model": "loss"}
-        trainer = run(
-            tmp_path / strategy, pai={"max_dendrites": 1, "tries": 1}, learning_rate=5e-2, max_steps=60, **saving
-        )
+        once = OFTEN | {"max_dendrites": 1, "tries": 1}
+        trainer = run(tmp_path / strategy, pai=once, learning_rate=5e-2, max_steps=60, **saving)
         assert events(trainer)[-1] == "complete" and trainer.state.global_step < 60
         best = min(entry["metric"] for entry in history(trainer))
         assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
 
 
 def test_a_complete_training_may_go_on_to_its_last_step(tmp_path):
-    trainer = run(tmp_path, pai={"max_dendrites": 1, "tries": 1, "stop_when_complete": False}, max_steps=16)
+    trainer = run(tmp_path, pai=OFTEN | {"max_dendrites": 1, "tries": 1, "stop_when_complete": False}, max_steps=16)
     assert "complete" in events(trainer) and trainer.state.global_step == 16
     assert_optimizer_holds_what_is_trained(trainer)
+
+
+# Learn
+
+
+@pytest.mark.parametrize("kind", ["ast", "cnn"])
+def test_new_dendrites_are_drawn_as_wide_as_their_inputs_ask_for(kind, tmp_path):
+    for scale, expected in (("fan_in", None), (0.2, 0.2)):
+        pai = {"initial_scale": scale, "first_growth": 0}
+        model = run(tmp_path, kind, pai, learning_rate=0.0, max_steps=2, eval_strategy="no").model
+        for module in perforated_layers(model).values():
+            new = module.dendrite_module.layers[0]
+            fan_in = new.weight[0].numel()
+            assert new.weight.std().item() == pytest.approx(expected or fan_in**-0.5, rel=0.3)
+            assert new.bias.any().item() == (scale != "fan_in")
+
+
+def groups(trainer) -> list[tuple]:
+    found = trainer.optimizer.param_groups
+    return [(g["initial_lr"], g["weight_decay"], tuple(g.get("pai", ())), len(g["params"])) for g in found]
+
+
+def test_top_learns_ten_times_as_fast_without_weight_decay_in_groups_that_exist_from_the_start(tmp_path):
+    first = []
+    look = At("on_step_begin", lambda state, control, kwargs: first.append(len(kwargs["optimizer"].param_groups)))
+    settings = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}, "warmup_steps": 2}
+    mixin = run(tmp_path / "a", pai=EARLY, callbacks=[look], **settings)
+    assert first[0] == 4 and groups(mixin)[2:] == [(0.1, 0.0, ("top", 0), 3), (0.1, 0.0, ("top", 1), 0)]
+    assert [rate for rate, *_ in groups(mixin)[:2]] == [0.01, 0.01]
+    # The plain Trainer has made its scheduler before the groups.
+    plain = run(tmp_path / "b", pai=EARLY, trainer=Trainer, **settings)
+    assert groups(plain) == groups(mixin) and plain.lr_scheduler.state_dict() == mixin.lr_scheduler.state_dict()
+    assert_same(tensors(plain.model), tensors(mixin.model))
+    slow = run(tmp_path / "c", pai=EARLY | {"top_learning_rate": 1})
+    assert len(slow.optimizer.param_groups) == 2
+    assert_optimizer_holds_what_is_trained(slow)
+
+
+def test_dendrites_may_have_a_learning_rate_of_their_own(tmp_path, caplog):
+    slow = {"learning_rate": 1e-6, "max_steps": 20, "eval_strategy": "no"}
+    run(tmp_path / "a", pai={}, **slow)
+    assert "step 4: the newest dendrites of audio_spectrogram_transformer.layers.1.mlp.fc1, " in caplog.text
+    caplog.clear()
+    trainer = run(tmp_path / "b", pai={"dendrite_learning_rate": 1e-2}, **slow)
+    assert "hardly used" not in caplog.text
+    assert groups(trainer)[2:] == [
+        (0.1, 0.0, ("top", 0), 3), (0.01, 0.1, ("dendrites", 0), 3),
+        (0.1, 0.0, ("top", 1), 0), (0.01, 0.0, ("dendrites", 1), 3),
+    ]  # fmt: skip
 
 
 def test_growth_keeps_the_optimizers_state(tmp_path):
@@ -368,24 +487,22 @@ def test_growth_keeps_the_optimizers_state(tmp_path):
         named = kwargs["model"].named_parameters()
         ages.append({name: by_id[id(p)] for name, p in named if id(p) in by_id})
 
-    pai = {"metric": "count"}
-    trainer = run(tmp_path, pai=pai, callbacks=[At("on_step_end", look)], max_steps=6, eval_steps=2)
-    assert events(trainer)[:2] == ["grown", "grown"]
-    head = "classifier.dense."
-    older, newer = f"{head}dendrite_module.layers.0.weight", f"{head}dendrite_module.layers.1.weight"
-    final = ages[-1]
-    assert final[newer] == final[f"{head}dendrites_to_top.1"] == 2
-    assert final[f"{head}main_module.weight"] == 6 and final[older] == 4
+    for pai in (OFTEN | {"metric": "count"}, EARLY):
+        run(tmp_path, pai=pai, callbacks=[At("on_step_end", look)], max_steps=8 if pai is EARLY else 6)
+        head, final = "classifier.dense.", ages[-1]
+        older, newer = (final[f"{head}dendrite_module.layers.{number}.weight"] for number in (0, 1))
+        assert (final[f"{head}main_module.weight"], older) == ((8, 6) if pai is EARLY else (6, 4))
+        assert newer == final[f"{head}dendrites_to_top.1"] == (4 if pai is EARLY else 2)
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "gelu"])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "gelu", "identity"])
 def test_dendrites_compute_what_the_mathematics_says(activation, tmp_path):
-    trainer = run(tmp_path, pai={"activation": activation, "max_dendrites": 2, "tries": 9, "modules": ["dense"]})
-    module = trainer.model.classifier.dense
+    model = run(tmp_path, pai=EARLY | {"activation": activation, "modules": ["dense"]}, eval_strategy="no").model
+    module = model.classifier.dense
     assert module.dendrite_modules_added == 2
-    function = {"gelu": nn.functional.gelu}.get(activation) or getattr(torch, activation)
+    function = {"gelu": nn.functional.gelu, "identity": lambda x: x}.get(activation) or getattr(torch, activation)
     inputs = torch.randn(5, 16)
-    logits(trainer.model)  # the model's forward says which activation is meant
+    logits(model)  # the model's forward says which activation is meant
     first, second = (layer(inputs) for layer in module.dendrite_module.layers)
     first = function(first)
     second = function(second + module.dendrite_module.dendrites_to_dendrites[1][0] * first)
@@ -400,37 +517,35 @@ def test_tensorboard_shows_growth(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    trainer = run(tmp_path / "run", pai={"tries": 9}, report_to="tensorboard")
+    trainer = run(tmp_path / "run", pai=EARLY, report_to="tensorboard")
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
     shown = {point.step: point.value for point in board.Scalars("train/pai/dendrites")}
     assert shown == {entry["step"]: entry["dendrites"] for entry in history(trainer)}
-    assert "train/pai/parameters" in board.Tags()["scalars"]
+    assert set(shown.values()) == {0, 1, 2} and "train/pai/parameters" in board.Tags()["scalars"]
 
 
-def test_perforatedai_prints_nothing_and_writes_only_into_output_dir(tmp_path, capfd, monkeypatch):
+def test_perforatedai_prints_nothing_and_writes_nothing(tmp_path, capfd, monkeypatch):
     for name in ("here", "tmp"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    run(tmp_path / "run", pai={"tries": 1, "max_dendrites": 2}, max_steps=20)
+    run(tmp_path / "run", pai=OFTEN, max_steps=20)
     captured = capfd.readouterr()
     lines = [line for line in captured.out.splitlines() if not line.startswith("{")]
-    ours = ("Dendrites: up to 2 per layer", "Dendrites, step")
-    assert lines and [line for line in lines if not line.startswith(ours)] == []
+    ours = ("Dendrites: up to 3 per layer (fixed, gelu) on audio", "Dendrites, step")
+    assert len(lines) > 2 and [line for line in lines if not line.startswith(ours)] == []
     assert "PAI" not in captured.out + captured.err and "perforat" not in (captured.out + captured.err).lower()
-    assert list((tmp_path / "here").iterdir()) == list((tmp_path / "tmp").iterdir()) == []
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path for path in tmp_path.glob("*/*") if path.name != "run"] == []
 
 
 def test_where_perforatedai_would_ask_or_exit_it_raises_with_its_words():
-    with pai_callback._contained("a test"):
-        from perforatedai import globals_perforatedai, utils_perforatedai
-    globals_perforatedai.pai_tracker = []
+    globals_pai, utils = pai_callback._perforatedai()
+    globals_pai.pai_tracker = []
     for act, message in (
-        (lambda: utils_perforatedai.perforate_model(build(), save_name="a/b"), "SystemExit.*'a/b' contains '/'"),
-        (lambda: utils_perforatedai.load_net_from_dict(build("cnn"), {}), "(?s)asked.*does not have any pai_modules"),
+        (lambda: utils.perforate_model(build(), save_name="a/b"), "SystemExit.*'a/b' contains '/'"),
+        (lambda: utils.load_net_from_dict(build("cnn"), {}), "(?s)asked.*does not have any pai_modules"),
         (lambda: input("Really? "), "asked for input"),
     ):
         with pytest.raises(PAIError, match=message), pai_callback._contained("a test"):
@@ -441,22 +556,22 @@ def test_where_perforatedai_would_ask_or_exit_it_raises_with_its_words():
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"),
+    ("kind", "pai", "changes"),
     [
-        ("ast", {"bf16": True}),
-        ("cnn", {"bf16": True}),
-        ("ast", {"gradient_accumulation_steps": 2}),
-        ("vit", {"activation_checkpointing": True}),
-        ("cnn", {"torch_compile": True, "torch_compile_backend": "eager"}),
-        ("ast", {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 18, "load_best_model_at_end": True}),
-        ("ast", {"save_strategy": "best", "metric_for_best_model": "loss", "load_best_model_at_end": True}),
-        ("ast", {"optim": "sgd", "lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}),
-        ("ast", {"optim": "adafactor"}),
+        ("ast", OFTEN, {"bf16": True}),
+        ("cnn", EARLY, {"bf16": True}),
+        ("vit", EARLY, {"activation_checkpointing": True}),
+        ("cnn", OFTEN, {"torch_compile": True, "torch_compile_backend": "eager"}),
+        ("ast", EARLY, {"torch_compile": True, "torch_compile_backend": "eager"}),
+        ("ast", EARLY, {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}),
+        ("ast", OFTEN, {"save_strategy": "best", "metric_for_best_model": "loss", "load_best_model_at_end": True}),
+        ("ast", EARLY, {"optim": "sgd", "lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}),
+        ("ast", EARLY, {"optim": "adafactor"}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+    ids=lambda value: "" if isinstance(value, dict) and "schedule" in value else "-".join(value)[:40],
 )
-def test_growth_holds_with(kind, changes, tmp_path):
-    trainer = run(tmp_path, kind, {"tries": 9}, **{"learning_rate": 3e-2} | changes)
+def test_growth_holds_with(kind, pai, changes, tmp_path):
+    trainer = run(tmp_path, kind, pai, **{"learning_rate": 3e-2, "max_steps": 12} | changes)
     assert "grown" in events(trainer)
     if not changes.get("load_best_model_at_end"):
         assert_dendrites_learned(trainer.model)
@@ -464,10 +579,9 @@ def test_growth_holds_with(kind, changes, tmp_path):
 
 
 def test_accumulated_gradients_grow_what_a_larger_batch_grows(tmp_path):
-    whole = run(tmp_path / "1", pai={"tries": 9}, optim="sgd")
-    parts = run(
-        tmp_path / "2", pai={"tries": 9}, optim="sgd", per_device_train_batch_size=2, gradient_accumulation_steps=2
-    )
+    settings = {"pai": EARLY, "optim": "sgd"}
+    whole = run(tmp_path / "1", **settings)
+    parts = run(tmp_path / "2", **settings, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert events(whole) == events(parts)
     for name, tensor in tensors(whole.model).items():
         assert torch.allclose(tensor, parts.model.state_dict()[name], atol=1e-5), name
@@ -475,19 +589,19 @@ def test_accumulated_gradients_grow_what_a_larger_batch_grows(tmp_path):
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 RESUMED = {
-    "ast, state kept": ("ast", {"tries": 9}, {}),
-    "cnn": ("cnn", {"tries": 9}, {"warmup_steps": 2}),
+    "early, between evaluations": ("ast", EARLY | {"dendrite_learning_rate": 5e-3}, {"eval_steps": 3}),
+    "early, saved when best": (
+        "ast",
+        EARLY,
+        {"save_strategy": "best", "metric_for_best_model": "loss", "eval_steps": 1},
+    ),
+    "cnn, often": ("cnn", OFTEN, {"warmup_steps": 2}),
     "bert, tries over, dropout, bf16": (
         "bert",
-        {"tries": 1, "max_dendrites": 2},
+        OFTEN | {"tries": 1, "max_dendrites": 2},
         {"bf16": True, "learning_rate": 5e-2},
     ),
-    "vit, eval between saves": (
-        "vit",
-        {"schedule": "fixed", "interval": 2, "tries": 9},
-        {"eval_steps": 1, "save_steps": 3},
-    ),
-    "saved when best": ("ast", {"tries": 9}, {"save_strategy": "best", "metric_for_best_model": "loss"}),
+    "vit, eval between saves": ("vit", OFTEN | {"interval": 2}, {"eval_steps": 1, "save_steps": 3}),
 }
 
 
@@ -505,7 +619,7 @@ def test_a_resume_from_any_checkpoint_is_tensor_identical(case, tmp_path):
             tmp_path / f"from-{checkpoint.name}", kind, pai, model=build(kind, **noise), resume=checkpoint, **changes
         )
         assert_same(tensors(whole.model), tensors(again.model))
-        assert events(again) == events(whole)
+        assert history(again) == history(whole)
         if "complete" not in events(whole):
             assert_same_optimizer(whole, again)
 
@@ -517,20 +631,20 @@ def assert_same_optimizer(first: Trainer, second: Trainer):
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(other["state"][key][n])) for n, v in values.items())
 
 
-def test_a_resume_after_a_kill_on_the_switch_itself_is_tensor_identical(tmp_path):
-    whole = run(tmp_path / "whole", pai={"tries": 9}, **SAVED | {"save_steps": 2})
+def test_a_resume_after_a_kill_in_the_middle_of_growth_is_tensor_identical(tmp_path):
+    whole = run(tmp_path / "whole", pai=OFTEN, **SAVED | {"save_steps": 2})
     killed = subprocess.run(program(tmp_path / "killed", "killed"), env=environment(), capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     checkpoint = tmp_path / "killed" / "checkpoint-4"
     assert json.loads((checkpoint / STATE_FILE).read_text())["pending"]["metric"] == history(whole)[1]["metric"]
-    again = run(tmp_path / "killed", pai={"tries": 9}, resume=checkpoint, **SAVED | {"save_steps": 2})
+    again = run(tmp_path / "killed", pai=OFTEN, resume=checkpoint, **SAVED | {"save_steps": 2})
     assert_same(tensors(whole.model), tensors(again.model))
     assert_same_optimizer(whole, again)
 
 
 def test_the_best_model_is_loaded_exactly_whatever_its_number_of_dendrites(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
-    pai = {"metric": "count", "max_dendrites": 4}
+    pai = OFTEN | {"metric": "count", "max_dendrites": 4}
     trainer = run(tmp_path, pai=pai, metric_for_best_model="second", greater_is_better=True, **saving)
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name == "checkpoint-4" and history(trainer)[-1]["dendrites"] == 4
@@ -538,22 +652,52 @@ def test_the_best_model_is_loaded_exactly_whatever_its_number_of_dendrites(tmp_p
     assert_same(tensors(trainer.model), load_file(best / "model.safetensors"))
 
 
-def test_a_tensor_missing_or_left_over_is_an_error(tmp_path):
-    run(tmp_path, pai={"tries": 9}, **SAVED | {"max_steps": 4, "save_steps": 2})
-    weights = tmp_path / "checkpoint-4" / "model.safetensors"
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, Trainer]:
+    """A run of perforatedai's own settings with its checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run(folder, pai=OLD, **SAVED | {"max_steps": 6, "save_steps": 2})
+
+
+OLD = {"preset": "perforatedai", "schedule": "fixed", "interval": 1}
+
+
+def copied(folder: Path, to: Path, **changes) -> Path:
+    """A checkpoint of `saved` with changes in its state; None deletes a key."""
+    shutil.copytree(folder / "checkpoint-4", to)
+    state = json.loads((to / STATE_FILE).read_text()) | changes
+    (to / STATE_FILE).write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
+    return to
+
+
+def test_a_checkpoint_of_an_older_version_says_what_to_set_and_then_resumes(saved, tmp_path):
+    folder, whole = saved
+    score = json.loads((folder / "checkpoint-4" / STATE_FILE).read_text())["pending"]["metric"]
+    checkpoint = copied(folder, tmp_path / "checkpoint-4", config=None, activation="sigmoid", pending=score)
+    with pytest.raises(PAIError, match="activation: sigmoid.*If an older .* set preset: perforatedai"):
+        run(tmp_path / "a", pai={}, resume=checkpoint, max_steps=6)
+    again = run(tmp_path / "b", pai=OLD, resume=checkpoint, max_steps=6)
+    assert_same(tensors(whole.model), tensors(again.model))
+    assert_same_optimizer(whole, again)
+
+
+def test_a_tensor_missing_or_left_over_is_an_error(saved, tmp_path):
+    weights = copied(saved[0], tmp_path / "checkpoint-4") / "model.safetensors"
     state = load_file(weights)
     state["stray"] = state.pop("classifier.dense.dendrites_to_top.0")
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(PAIError, match=r"lacks \['classifier.dense.dendrites_to_top.0'\].*has \['stray'\]"):
-        run(tmp_path, pai={"tries": 9}, resume=tmp_path / "checkpoint-4", **SAVED)
+        run(tmp_path, pai=OLD, resume=weights.parent, max_steps=6)
 
 
-def test_a_checkpoint_of_other_layers_or_without_dendrites_is_refused(tmp_path):
-    run(tmp_path / "a", pai={"tries": 9}, **SAVED | {"max_steps": 2})
-    with pytest.raises(PAIError, match="the checkpoint has dendrites on .* the configuration has"):
-        run(tmp_path / "b", pai={"modules": ["dense"]}, resume=tmp_path / "a" / "checkpoint-2", **SAVED)
-    with pytest.raises(PAIError, match="the activation sigmoid, the configuration has tanh"):
-        run(tmp_path / "b", pai={"activation": "tanh"}, resume=tmp_path / "a" / "checkpoint-2", **SAVED)
+def test_a_checkpoint_of_other_layers_settings_or_without_dendrites_is_refused(saved, tmp_path):
+    for changes, message in (
+        ({"modules": ["dense"]}, "the checkpoint has dendrites on .* the configuration on"),
+        ({"activation": "tanh"}, "written with activation: sigmoid, the configuration has tanh"),
+        ({"top_learning_rate": 10}, "written with top_learning_rate: 1, the configuration has 10"),
+    ):
+        with pytest.raises(PAIError, match=message):
+            run(tmp_path / "b", pai=OLD | changes, resume=saved[0] / "checkpoint-2", max_steps=6)
     run(tmp_path / "c", **SAVED | {"max_steps": 2})
     with pytest.raises(PAIError, match="cannot be resumed with dendrites.*pai_state.json"):
         run(tmp_path / "d", pai={}, resume=tmp_path / "c" / "checkpoint-2", **SAVED)
@@ -573,18 +717,19 @@ def test_dendrites_learn_at_the_rate_of_their_layer_in_a_trainer_with_many_group
         rates = {name: 1e-2 if name.startswith("classifier") else 1e-3 for name, _ in model.named_parameters()}
         return {"model": model, "options": {"learning_rates": rates, "processing_class": NoProcessor()}}
 
-    common = {"pai": {"tries": 9}, "trainer": AudioTrainerWithDendrites, **SAVED, "max_steps": 6, "save_steps": 2}
+    common = {"pai": EARLY, "trainer": AudioTrainerWithDendrites, **SAVED, "max_steps": 6, "save_steps": 2}
     whole = run(tmp_path, **common, **options(build()))
     names = {id(p): name for name, p in whole.model.named_parameters()}
-    groups = whole.optimizer.param_groups
-    assert len(groups) == 4
-    for group in groups:
+    assert len(whole.optimizer.param_groups) == 8
+    for group in whole.optimizer.param_groups:
         for name in (names[id(parameter)] for parameter in group["params"]):
-            assert group["initial_lr"] == (1e-2 if name.startswith("classifier") else 1e-3)
+            top = "dendrites_to_top" in name
+            rate = 1e-2 if name.startswith("classifier") else 1e-3
+            assert group["initial_lr"] == pytest.approx(10 * rate if top else rate)
             if "dendrite" in name:
-                assert group["weight_decay"] == (0.0 if name.endswith("bias") else 0.1)
+                assert group["weight_decay"] == (0.0 if name.endswith("bias") or top else 0.1)
     assert any("dendrites_to_top" in name for name in names.values())
-    again = run(tmp_path / "again", resume=tmp_path / "checkpoint-4", **common, **options(build()))
+    again = run(tmp_path / "again", resume=tmp_path / "checkpoint-2", **common, **options(build()))
     assert_same(tensors(whole.model), tensors(again.model))
 
 
@@ -592,7 +737,7 @@ def test_dendrites_grow_on_frozen_layers(tmp_path):
     model = build()
     model.audio_spectrogram_transformer.requires_grad_(False)
     before = tensors(model)
-    trainer = run(tmp_path, pai={"tries": 9}, model=model)
+    trainer = run(tmp_path, pai=EARLY, model=model)
     assert_dendrites_learned(trainer.model)
     after = plain(tensors(trainer.model))
     assert_same(*({name: t for name, t in state.items() if name.startswith("audio")} for state in (before, after)))
@@ -606,7 +751,7 @@ DISTRIBUTED = {"optim": "sgd", "save_strategy": "steps", "save_steps": 2, "load_
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """One start of two gloo ranks: a run, and its resume from a checkpoint at a switch."""
+    """One start of two gloo ranks: for each schedule a run, and its resume from a checkpoint at which it grows."""
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -616,21 +761,25 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
-def test_two_processes_equal_one_with_twice_the_batch(two_processes, tmp_path):
-    one = run(tmp_path, pai={"tries": 9}, **DISTRIBUTED | {"per_device_train_batch_size": 8})
-    told = json.loads((two_processes / "told.json").read_text())
-    assert told["events"] == events(one) and "grown" in events(one)
-    two = load_file(two_processes / "whole-0.safetensors")
+@pytest.mark.parametrize("schedule", ["early", "often"])
+def test_two_processes_equal_one_with_twice_the_batch(two_processes, schedule, tmp_path):
+    one = run(tmp_path, pai=SCHEDULES[schedule], **DISTRIBUTED | {"per_device_train_batch_size": 8})
+    told = json.loads((two_processes / f"{schedule}.json").read_text())
+    assert told == events(one) and "grown" in told
+    two = load_file(two_processes / f"{schedule}-whole-0.safetensors")
     for name, tensor in tensors(one.model).items():
         assert torch.allclose(tensor, two[name], atol=1e-5), name
 
 
-def test_ranks_are_identical_and_a_resume_is_tensor_identical(two_processes):
-    whole = load_file(two_processes / "whole-0.safetensors")
+@pytest.mark.parametrize("schedule", ["early", "often"])
+def test_ranks_are_identical_and_a_resume_is_tensor_identical(two_processes, schedule):
+    whole, *others = (
+        load_file(two_processes / f"{schedule}-{which}.safetensors")
+        for which in ("whole-0", "whole-1", "again-0", "again-1")
+    )
     assert any("dendrites_to_top" in name and tensor.abs().sum() > 0 for name, tensor in whole.items())
-    assert_same(whole, load_file(two_processes / "whole-1.safetensors"))
-    assert_same(whole, load_file(two_processes / "again-0.safetensors"))
-    assert_same(whole, load_file(two_processes / "again-1.safetensors"))
+    for other in others:
+        assert_same(whole, other)
 
 
 # Recipes
@@ -641,7 +790,7 @@ def test_a_recipe_with_a_pai_block_grows_and_resumes(tones, tmp_path):
         "dataset": str(tones), "max_length": 48, "model_config": TINY_AST, "per_device_train_batch_size": 2,
         "num_train_epochs": 3, "learning_rate": 1e-2, "precision": "fp32", "preprocessing_num_workers": 1,
         "head_learning_rate": 2e-2, "mixup_alpha": 0.5, "save_total_limit": None, "load_best_model_at_end": False,
-        "pai": {"schedule": "fixed", "interval": 1, "metric": "loss", "tries": 9},
+        "pai": {"first_growth": 0.34},
     }  # fmt: skip
     for name in ("whole", "again"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(tmp_path / name)}))
@@ -650,19 +799,18 @@ def test_a_recipe_with_a_pai_block_grows_and_resumes(tones, tmp_path):
     exported = AutoModelForAudioClassification.from_pretrained(tmp_path / "whole", trust_remote_code=True)
     assert exported.config.model_type == "dendritic-audio-spectrogram-transformer"
     assert metrics["parameters"] == sum(parameter.numel() for parameter in exported.parameters())
+    assert set(metrics["dendrites"]["layers"].values()) == {1}
+    assert (tmp_path / "whole" / "dendrites.png").read_bytes().startswith(b"\x89PNG")
     checkpoint = tmp_path / "whole" / "checkpoint-4"
     train.main(parse_recipe([str(tmp_path / "again.yaml"), "--resume_from_checkpoint", str(checkpoint)]))
     assert_same(*(load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again")))
 
 
 def test_the_dendritic_recipes_are_their_baselines_with_a_pai_block():
-    for name in ("ast", "ast_tiny"):
-        baseline, grown = (read_yaml(ROOT / f"configs/urbansound8k/{name}{end}.yaml") for end in ("", "_pai"))
+    for path in ROOT.glob("configs/*/*_pai.yaml"):
+        baseline, grown = read_yaml(path.with_name(path.name.replace("_pai", ""))), read_yaml(path)
         PAIConfig.from_dict(grown["pai"])
-        assert (
-            grown.keys() - baseline.keys() == {"pai"}
-            and {k: baseline[k] for k in grown if k != "pai"} | {"pai": grown["pai"]} == grown
-        )
+        assert grown.keys() - baseline.keys() == {"pai"} and baseline | {"pai": grown["pai"]} == grown
 
 
 # Refuse
@@ -684,8 +832,8 @@ def test_a_layer_that_is_never_called_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("pai", "changes", "message"),
     [
-        ({"metric": "acuracy"}, {}, "got 'eval_acuracy' .did you mean 'eval_accuracy'"),
-        ({}, {"eval_strategy": "no"}, "eval_strategy must be steps or epoch"),
+        (OFTEN | {"metric": "acuracy"}, {}, "got 'eval_acuracy' .did you mean 'eval_accuracy'"),
+        (OFTEN, {"eval_strategy": "no"}, "eval_strategy must be steps or epoch"),
         ({}, {"auto_find_batch_size": True}, "auto_find_batch_size"),
     ],
 )
@@ -699,65 +847,57 @@ def test_a_plain_trainer_refuses_what_only_paitrainer_can_do(tmp_path):
     with pytest.raises(PAIError, match="load_best_model_at_end.*need PAITrainer"):
         run(tmp_path, pai={}, load_best_model_at_end=True, **saving)
     run(tmp_path, "bert", {}, **saving)
-    with pytest.raises(PAIError, match="resume_from_checkpoint.*need PAITrainer"):
+    with pytest.raises(ValueError, match="number of parameter groups"):  # the Trainer itself comes first
         run(tmp_path, "bert", {}, resume=tmp_path / "checkpoint-2", **saving | {"max_steps": 6})
 
 
-def test_an_optimizer_that_cannot_be_rebuilt_is_refused(tmp_path):
-    for make, message in (
-        (lambda model: torch.optim.LBFGS(model.parameters()), "LBFGS cannot take new parameters"),
-        (lambda model: torch.optim.SGD(model.classifier.parameters()), "SGD .* does not hold audio"),
+def test_an_optimizer_that_cannot_take_dendrites_is_refused(tmp_path):
+    for make, name in (
+        (lambda model: torch.optim.LBFGS(model.parameters()), "LBFGS"),
+        (lambda model: torch.optim.SGD(model.classifier.parameters()), "SGD"),
     ):
         model = build()
-        with pytest.raises(PAIError, match=message):
+        with pytest.raises(PAIError, match=f"the optimizer {name} cannot take new parameters"):
             run(tmp_path, pai={}, model=model, options={"optimizers": (make(model), None)})
 
 
-def test_data_parallel_fsdp_and_deepspeed_are_refused(tmp_path, monkeypatch):
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
-    for field, value, message in (
-        ("_n_gpu", 2, "nn.DataParallel"),
-        ("fsdp", ["full_shard"], "FSDP"),
-        ("deepspeed", {"zero_optimization": {}}, "DeepSpeed"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(arguments, field, value)
-            with pytest.raises(PAIError, match=message):
-                pai_callback._refuse_parallelism(arguments)
+@pytest.mark.parametrize(
+    ("field", "value"), [("_n_gpu", 2), ("fsdp", ["full_shard"]), ("deepspeed", {"zero_optimization": {}})]
+)
+def test_data_parallel_fsdp_and_deepspeed_are_refused(field, value, tmp_path, monkeypatch):
+    trainer = trainer_for(tmp_path, pai={})
+    monkeypatch.setattr(trainer.args, field, value)
+    with pytest.raises(PAIError, match="nn.DataParallel, FSDP and DeepSpeed cannot follow growth"):
+        trainer.pai_callback.on_train_begin(trainer.args, trainer.state, None, trainer.model, train_dataloader=None)
 
 
 def test_perforatedbp_is_refused(tmp_path, monkeypatch):
     (tmp_path / "perforatedbp").mkdir()
     (tmp_path / "perforatedbp" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(PAIError, match="pip uninstall perforatedbp"):
-        run(tmp_path / "run", pai={})
+    with pytest.raises(PAIError, match="without perforatedbp"):
+        PAICallback()
 
 
 # Clean up
 
 
-def test_two_trainings_one_after_the_other_do_not_touch_each_other(tmp_path):
-    alone = run(tmp_path / "0", "vit", {"tries": 9, "activation": "tanh"})
-    first = run(tmp_path / "1", pai={"tries": 9, "activation": "relu"})
-    before = logits(first.model)
-    second = run(tmp_path / "2", "vit", {"tries": 9, "activation": "tanh"})
-    assert_same(tensors(alone.model), tensors(second.model))
-    assert torch.equal(before, logits(first.model))
-    assert first.evaluate()["eval_loss"] > 0
+def test_two_trainings_at_the_same_time_do_not_touch_each_other(tmp_path):
+    alone = run(tmp_path / "0", "vit", EARLY | {"activation": "tanh"})
+    other = trainer_for(tmp_path / "1", pai=EARLY | {"activation": "relu"})
 
+    def train_another(state, control, kwargs):
+        if state.global_step == 4:  # between the first and the second dendrite
+            other.train()
 
-def test_a_training_that_fails_leaves_nothing_behind(tmp_path):
-    def fail(state, control, kwargs):
-        if state.global_step == 5:
-            raise KeyError("from the user's own callback")
-
-    with pytest.raises(KeyError):
-        run(tmp_path / "run", pai={"tries": 9}, callbacks=[At("on_step_end", fail)])
-    assert list((tmp_path / "run").iterdir()) == []
+    whole = run(tmp_path / "2", "vit", EARLY | {"activation": "tanh"}, callbacks=[At("on_step_end", train_another)])
+    assert_same(tensors(alone.model), tensors(whole.model))
+    assert other.evaluate()["eval_loss"] > 0 and "grown" in events(other)
 
 
 # The program
+
+SCHEDULES = {"early": EARLY, "often": OFTEN}
 
 
 def environment() -> dict[str, str]:
@@ -769,24 +909,25 @@ def program(folder: Path, scenario: str) -> list[str]:
 
 
 def killed(folder: Path) -> None:
-    """The switch of step 4 is in progress, the new structure stands, the optimizer is the old one: SIGKILL."""
+    """Growth at step 4 is in progress: SIGKILL before the next checkpoint."""
 
     def kill(state, control, kwargs):
         if state.global_step == 4 and "pai/dendrites" in kwargs["logs"]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run(folder, pai={"tries": 9}, callbacks=[At("on_log", kill)], **SAVED | {"save_steps": 2})
+    run(folder, pai=OFTEN, callbacks=[At("on_log", kill)], **SAVED | {"save_steps": 2})
 
 
 def distributed(folder: Path) -> None:
     """Both ranks write what they ended with."""
     rank = os.environ["RANK"]
-    whole = run(folder / "whole", pai={"tries": 9}, **DISTRIBUTED)
-    save_file(tensors(whole.model), folder / f"whole-{rank}.safetensors")
-    again = run(folder / "again", pai={"tries": 9}, resume=folder / "whole" / "checkpoint-4", **DISTRIBUTED)
-    save_file(tensors(again.model), folder / f"again-{rank}.safetensors")
-    if rank == "0":
-        (folder / "told.json").write_text(json.dumps({"events": events(whole)}))
+    for name, pai in SCHEDULES.items():
+        whole = run(folder / name, pai=pai, **DISTRIBUTED)
+        save_file(tensors(whole.model), folder / f"{name}-whole-{rank}.safetensors")
+        again = run(folder / f"{name}-again", pai=pai, resume=folder / name / "checkpoint-4", **DISTRIBUTED)
+        save_file(tensors(again.model), folder / f"{name}-again-{rank}.safetensors")
+        if rank == "0":
+            (folder / f"{name}.json").write_text(json.dumps(events(whole)))
 
 
 if __name__ == "__main__":

@@ -165,8 +165,9 @@ def _growth(dendrites: Mapping[str, Any] | None) -> str | None:
     if not dendrites or not dendrites["growth"]:
         return None
     rows = [
-        [entry["event"], entry["step"], f"{entry['metric']:.4f}", entry["dendrites"], f"{entry['parameters']:,}"]
-        for entry in dendrites["growth"]
+        [event["event"], event["step"], "" if event["metric"] is None else f"{event['metric']:.4f}"]
+        + [event["dendrites"], f"{event['parameters']:,}"]
+        for event in dendrites["growth"]  # early growth needs no metric
     ]
     return markdown_table([["event", "step", "validation metric", "dendrites a layer", "parameters"], *rows])
 
