@@ -1,8 +1,9 @@
-"""PerforatedAI dendrites in any Hugging Face Trainer. Copy this file beside your training script.
+"""PerforatedAI dendrites in any Hugging Face Trainer. Copy this file and dendritic.py beside your training script.
 
     callback = PAICallback(PAIConfig(modules=["classifier.dense", "layers.-1.mlp.*"], max_dendrites=1))
     trainer = PAITrainer(model=model, args=args, ..., callbacks=[callback])
     trainer.train()
+    trainer.save_model()  # a folder that from_pretrained and pipeline load, with trust_remote_code=True
 
 A dendrite is a fresh copy of a layer. Its activated output is added to the output of the layer, neuron by neuron,
 through weights that start at zero, called `top`. Growth therefore leaves the logits as they are, and the training
@@ -10,7 +11,8 @@ continues with more parameters.
 
 The callback chooses the layers, grows dendrites, updates the optimizer, and reports what it does. A plain `Trainer` in
 one process needs nothing else. `PAITrainer`, or `PAITrainerMixin` in front of your own Trainer class, adds several
-processes, `load_best_model_at_end`, exact resumption, and growth in TensorBoard.
+processes, `load_best_model_at_end`, exact resumption, and growth in TensorBoard. What any Trainer saves of a
+`PreTrainedModel` needs neither perforatedai nor this file; of another module, save `export_dendritic(trainer.model)`.
 
 The file has five rooms: configuration; choosing layers; perforatedai, contained; structure, optimizer, DDP; callback
 and Trainer mixin. It needs torch, transformers, accelerate and perforatedai (tested with 3.2.9).
@@ -45,8 +47,12 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+try:
+    from dendritic import ACTIVATIONS, LAYERS, draw_dendrites, export_dendritic
+except ModuleNotFoundError:  # in the project that this file comes from
+    from audio_dendrites.models.dendritic import ACTIVATIONS, LAYERS, draw_dendrites, export_dendritic
 
 logger = logging.getLogger(__name__)
 say = functools.partial(print, flush=True)
@@ -61,11 +67,6 @@ PERFORATEDAI = {
     "top_learning_rate": 1,
 }  # fmt: skip
 UNSPLIT = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU")  # ways to train with whole parameters
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
-ACTIVATIONS = {
-    "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "gelu": nn.functional.gelu,
-    "identity": nn.Identity(),
-}  # fmt: skip
 
 
 class PAIError(RuntimeError):
@@ -194,6 +195,12 @@ def choose_layers(model: nn.Module, config: PAIConfig) -> list[str]:
     chosen = set().union(*(_matching(pattern, modules) for pattern in patterns))
     if not chosen:
         raise PAIError("pai: modules must name at least one layer, got an empty list")
+    homes: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        homes.setdefault(id(parameter), []).append(name)
+    for names in homes.values():
+        if len(names) > 1 and {name.rpartition(".")[0] for name in names} & chosen:
+            raise PAIError(f"pai: modules must not share weights, but {' and '.join(names)} are one; leave them out")
     return [name for name in modules if name in chosen]
 
 
@@ -205,7 +212,7 @@ def _matching(pattern: str, modules: Mapping[str, nn.Module]) -> set[str]:
         for name, all_names in aliases.items()
         if any(fnmatch.fnmatchcase(alias, end) for alias in all_names for end in (pattern, f"*.{pattern}"))
     }
-    if found := {name for name in named if isinstance(modules[name], LAYERS)}:
+    if found := {name for name in named if type(modules[name]) in LAYERS}:
         return found
     if named:
         kinds = sorted({type(modules[name]).__name__ for name in named})
@@ -326,9 +333,9 @@ def _private_random_state(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @torch._dynamo.disable
-def _use_activation(name: str, module: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a model: perforatedai reads the activation from a variable that all models share."""
-    _perforatedai()[0].pc.set_pai_forward_function(ACTIVATIONS[name])
+def _use_activation(module: nn.Module, args: tuple) -> None:
+    """Forward pre-hook: perforatedai reads the activation from a variable that all layers of all models share."""
+    _perforatedai()[0].pc.set_pai_forward_function(ACTIVATIONS[module.activation])
 
 
 def perforated_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -371,14 +378,20 @@ def _perforate(model: nn.Module, layers: list[Layer], config: PAIConfig) -> None
             globals_pai.pai_tracker = []
         wrapped = perforated_layers(model)
         for layer in layers:
-            if layer.name not in wrapped:
-                raise PAIError(f"pai: modules: perforatedai did not wrap {layer.name}; the layer may have two names")
-            dimensions = [0 if place == layer.axis else -1 for place in range(len(layer.shape))]
-            wrapped[layer.name].set_this_output_dimensions(dimensions)
-            _set_up_arrays(wrapped[layer.name], layer)
+            module = wrapped[layer.name]
+            module.set_this_output_dimensions([0 if place == layer.axis else -1 for place in range(len(layer.shape))])
+            _set_up_arrays(module, layer)
+            module.activation = config.activation
+            module.register_forward_pre_hook(_use_activation)
     model.to(first.device)
-    model.register_forward_pre_hook(functools.partial(_use_activation, config.activation))
     _tidy(model)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained = functools.partial(_save_pretrained, model)
+
+
+def _save_pretrained(model: PreTrainedModel, folder: str | Path, state_dict: Mapping | None = None, **kwargs) -> None:
+    """`save_pretrained` of a live model: writes a folder that needs neither perforatedai nor this file."""
+    export_dendritic(model).save_pretrained(folder, **kwargs)
 
 
 def _set_up_arrays(module: nn.Module, layer: Layer) -> None:
@@ -405,8 +418,7 @@ def _grow_to(model: nn.Module, layers: list[Layer], config: PAIConfig, dendrites
             utils.simulate_cycles(module, 2 * (dendrites - present), True)
             if config.initial_scale == "fan_in":
                 for new in module.dendrite_module.layers[present:]:
-                    fan_in = new.weight.shape[0] if isinstance(new, Conv1D) else new.weight[0].numel()
-                    new.weight.data.copy_(torch.randn(new.weight.shape) * fan_in**-0.5)
+                    draw_dendrites(new.weight, LAYERS[type(new)].neuron_axis)
                     if new.bias is not None:
                         new.bias.data.zero_()
     model.to(parameter.device)
@@ -634,6 +646,10 @@ class PAICallback(TrainerCallback):
             self.history.append(self._pending)
             self._log(state, self._pending)
             self._pending = None
+        if self.active and self.trainer is None and not isinstance(model, PreTrainedModel):
+            logger.warning(
+                "The model has layers of perforatedai. Save a model of torch: export_dendritic(trainer.model)"
+            )
 
     # Start
 
@@ -781,8 +797,8 @@ class PAICallback(TrainerCallback):
         still = [name for name, mean in top.items() if mean < TOP_MOVED]
         if still and state.is_world_process_zero:
             logger.warning(
-                f"Dendrites, step {state.global_step}: the newest dendrites of {', '.join(still)} are hardly used. Their "
-                f"weights to the neurons (`top`) began at 0 and are {max(top[name] for name in still):.2g} on average. "
+                f"Dendrites, step {state.global_step}: the newest dendrites of {', '.join(still)} are hardly used. "
+                f"Their weights to the neurons (`top`) began at 0 and are {max(map(top.get, still)):.2g} on average. "
                 f"Raise top_learning_rate or dendrite_learning_rate, or grow earlier."
             )
 
@@ -801,6 +817,11 @@ class PAICallback(TrainerCallback):
         (folder / STATE_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
         if self._best:
             save_file(self._best, folder / BEST_FILE)
+        if (config := folder / "config.json").exists():
+            # from_pretrained reads this name of the weights, refuses it, and shows it.
+            sentence = "This checkpoint resumes a training with dendrites. Load the folder that save_model() wrote."
+            values = json.loads(config.read_text(encoding="utf-8")) | {"transformers_weights": sentence}
+            config.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
     def restore(self, folder: Path, args, model: nn.Module, optimizer) -> None:
         """Give a plain model and its optimizer the structure of a checkpoint. The Trainer then loads the weights.
@@ -828,6 +849,7 @@ class PAICallback(TrainerCallback):
         _sync_optimizer(optimizer, model, args.weight_decay, {}, None)
         if (folder / BEST_FILE).exists():
             self._best = load_file(folder / BEST_FILE)
+            self._best.pop("tracker_string", None)  # of an older version
         self._pending, self.complete, self.history = values["pending"], values["complete"], values["history"]
         if isinstance(self._pending, float):  # of an older version
             self._pending = self._entry(self.trainer.state.global_step, self._pending, model)
@@ -851,10 +873,12 @@ class PAITrainerMixin:
     """What only a Trainer can do for its `PAICallback`: `class MyTrainer(PAITrainerMixin, YourTrainer)`.
 
     Checkpoints hold live tensor names and the structure, which is rebuilt before the weights are loaded. A tensor that
-    is missing or left over is an error. Without a `PAICallback`, or with one that grows nothing, the training is plain.
+    is missing or left over is an error, and so is loading a checkpoint as a model. Without a `PAICallback`, or with one
+    that grows nothing, the training is plain.
     """
 
     _resumed_folder: Path | None = None
+    _in_checkpoint = False
 
     @property
     def pai_callback(self) -> PAICallback | None:
@@ -889,11 +913,24 @@ class PAITrainerMixin:
             self.pai_callback.restructure(Path(self.state.best_model_checkpoint), self.model)
         super()._load_best_model()
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with _live_names(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+        callback = self.pai_callback
+        active = callback is not None and callback.active
+        if active and not self._in_checkpoint:
+            if not isinstance(self.model, PreTrainedModel):
+                state_dict = export_dendritic(self.model).state_dict()
+            return super()._save(output_dir, state_dict)
+        with _live_names(self.model):
             super()._save(output_dir, state_dict)
-        if self.args.should_save and self.pai_callback is not None and self.pai_callback.active:
-            self.pai_callback.write_checkpoint(Path(output_dir or self.args.output_dir), self.model)
+        if active and self.args.should_save:
+            callback.write_checkpoint(Path(output_dir), self.model)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         absent = getattr(self.model, "_keys_to_ignore_on_save", None) or []
@@ -909,13 +946,15 @@ class PAITrainerMixin:
 @contextlib.contextmanager
 def _live_names(model: nn.Module) -> Iterator[None]:
     """Let `save_pretrained` write live names. The Trainer resumes by them, and ignores the Hub's names silently."""
-    if hasattr(model, "save_pretrained"):
-        save = model.save_pretrained
-        model.save_pretrained = lambda *args, **kwargs: save(*args, **{"save_original_format": False, **kwargs})
+    patched = vars(model).get("save_pretrained")
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained = functools.partial(type(model).save_pretrained, model, save_original_format=False)
     try:
         yield
     finally:
-        model.__dict__.pop("save_pretrained", None)
+        vars(model).pop("save_pretrained", None)
+        if patched is not None:
+            model.save_pretrained = patched
 
 
 class PAITrainer(PAITrainerMixin, Trainer):

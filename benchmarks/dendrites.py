@@ -23,8 +23,7 @@ import torch
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
 
-from audio_dendrites.models.dendritic import DendriticLinear
-from audio_dendrites.publishing.export import dendritic_copy, dendritic_tensors
+from audio_dendrites.models.dendritic import export_dendritic
 
 BLOCK = "audio_spectrogram_transformer.layers.11.mlp"
 CLASSES = 10
@@ -72,15 +71,12 @@ def perforate(model: nn.Module, names: tuple[str, ...], ranks: dict[str, int], f
 
 
 def layer_variants(inputs: int, outputs: int, rows: tuple[int, ...], count: int, device: str) -> dict[str, Callable]:
-    """Plain layer, live perforatedai and both forwards of the export, on the same inputs (*rows, inputs)."""
+    """Plain layer, live perforatedai and the export, on the same inputs (*rows, inputs)."""
     values = torch.randn(*rows, inputs, device=device)
     plain = nn.Linear(inputs, outputs).to(device)
     live = nn.Sequential(nn.Linear(inputs, outputs)).to(device)
     perforate(live, ("0",), {"0": values.dim()}, lambda: live(values).sum(), count)
-    variants = {"plain": plain, "live": live[0]}
-    for name, one_product in (("export", False), ("export, one product", True)):
-        variants[name] = DendriticLinear(plain, count, "sigmoid", one_product).to(device)
-        variants[name].load_state_dict(dendritic_tensors(live[0]))
+    variants = {"plain": plain, "live": live[0], "export": export_dendritic(live, "sigmoid")[0]}
     assert torch.equal(variants["export"](values), live(values))
     return {name: partial(layer.eval(), values) for name, layer in variants.items()}
 
@@ -93,10 +89,7 @@ def model_variants(arguments: argparse.Namespace, count: int) -> tuple[dict[str,
     labels = torch.zeros(arguments.batch_size, dtype=torch.long, device=arguments.device)
     ranks = {name: 2 if name == "classifier.dense" else 3 for name in GROWN}
     perforate(live, GROWN, ranks, lambda: live(values, labels=labels).loss, count)
-    export, fast = dendritic_copy(live), dendritic_copy(live)
-    for name in GROWN:
-        fast.get_submodule(name).one_product = True
-    variants = {"plain": plain, "live": live, "export": export, "export, one product": fast}
+    variants = {"plain": plain, "live": live, "export": export_dendritic(live, "sigmoid")}
     tokens = plain.audio_spectrogram_transformer.embeddings.position_embeddings.shape[1]
     whole = multiplications(config, tokens)
     added = count * (2 * tokens * config.hidden_size * config.intermediate_size + config.hidden_size * CLASSES)

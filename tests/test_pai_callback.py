@@ -40,6 +40,7 @@ from transformers import (
 import pai_callback
 import train
 from audio_dendrites.recipes import parse_recipe, read_yaml
+from audio_dendrites.results.dendrites import measure_use, use_sentence
 from audio_dendrites.training.trainer import AudioTrainer
 from pai_callback import (
     STATE_FILE,
@@ -201,10 +202,10 @@ def assert_dendrites_learned(model: nn.Module):
         assert module.dendrite_modules_added > 0 and module.dendrites_to_top[-1].abs().min(1).values.max() > 0
 
 
-def logits(model: nn.Module, kind: str = "ast") -> torch.Tensor:
+def logits(model: nn.Module, kind: str = "ast", count: int = 8) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
-        outputs = model(**{name: values[:8] for name, values in Examples(kind).inputs.items()})
+        outputs = model(**{name: values[:count] for name, values in Examples(kind).inputs.items()})
     return outputs["logits"]
 
 
@@ -510,6 +511,32 @@ def test_dendrites_compute_what_the_mathematics_says(activation, tmp_path):
     assert torch.equal(module(inputs), module.main_module(inputs) + first * top[0] + second * top[1])
 
 
+def test_use_is_what_is_lost_without_the_features_of_dendrites(tmp_path):
+    trainer = run(tmp_path, pai=EARLY | {"modules": ["dense"]}, max_steps=30, learning_rate=5e-2)
+    use = measure_use(trainer)
+    module, inputs, labels = trainer.model.classifier.dense, [], trainer.eval_dataset.labels
+    hook = module.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    whole = logits(trainer.model, count=24)
+    hook.remove()
+    neurons = module.main_module(inputs[0])
+    added = whole - neurons
+    for name, scores in (
+        ("score", whole), ("without_features", neurons + added.mean(0)), ("without_top", neurons),
+    ):  # fmt: skip
+        expected = nn.functional.cross_entropy(scores, labels).item()
+        assert use[name] == pytest.approx(expected, rel=1e-4)
+    assert use["lost"] == pytest.approx(use["without_features"] - use["score"]) and use["used"] == (
+        use["lost"] > 0.01 * use["score"]
+    )
+    spreads = [part.var(0, correction=0).mean().sqrt() for part in (added, neurons)]
+    assert use["layers"] == {"classifier.dense": pytest.approx((spreads[0] / sum(spreads)).item(), rel=1e-3)}
+    assert torch.equal(logits(trainer.model, count=24), whole)  # the model is as before
+    assert measure_use(run(tmp_path, pai={"max_dendrites": 0})) is None
+    points = {"use": use | {"metric": "accuracy", "lost": 0.152, "used": True}}
+    assert use_sentence(points) == "The dendrites are used: 15.2 points of accuracy are lost without their features."
+    assert use_sentence(None) is None and "the loss rises by" in use_sentence({"use": use})
+
+
 # Say
 
 
@@ -800,6 +827,8 @@ def test_a_recipe_with_a_pai_block_grows_and_resumes(tones, tmp_path):
     assert exported.config.model_type == "dendritic-audio-spectrogram-transformer"
     assert metrics["parameters"] == sum(parameter.numel() for parameter in exported.parameters())
     assert set(metrics["dendrites"]["layers"].values()) == {1}
+    assert metrics["dendrites"]["use"]["metric"] == "accuracy" and len(metrics["dendrites"]["use"]["layers"]) == 3
+    assert "**The dendrites are " in (tmp_path / "whole" / "README.md").read_text()
     assert (tmp_path / "whole" / "dendrites.png").read_bytes().startswith(b"\x89PNG")
     checkpoint = tmp_path / "whole" / "checkpoint-4"
     train.main(parse_recipe([str(tmp_path / "again.yaml"), "--resume_from_checkpoint", str(checkpoint)]))

@@ -19,7 +19,6 @@ from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.loading import load_extractor, load_model
 from audio_dendrites.models.waveform import LogMel, WaveformConfig
-from audio_dendrites.publishing.export import export_dendritic
 from audio_dendrites.recipes import FeatureArguments, ModelArguments, parse_recipe
 from data_collator import AugmentedClips, WaveformCollator
 
@@ -215,7 +214,8 @@ def test_a_stranger_gets_the_training_models_scores_from_raw_audio(run, tmp_path
         arguments = ModelArguments(architecture=architecture, model_config=NETWORKS[architecture])
         model = load_model(["high", "low"], arguments, extractor).eval()
         folders.append(tmp_path / architecture)
-        export_dendritic(model, folders[-1], extractor.stock())
+        model.save_pretrained(folders[-1])
+        extractor.stock().save_pretrained(folders[-1])
         with torch.no_grad():
             expected.append(model(extractor(wave, return_tensors="pt")["input_values"]).logits.numpy())
     np.savez(tmp_path / "clips.npz", *wave)

@@ -25,7 +25,7 @@ class CNN14Config(PreTrainedConfig):
         width: Multiplies the channels of all blocks; 9/64 = 0.140625 gives 1.6 M parameters in place of 80 M.
         block_dropout: Dropout after each block.
         head_dropout: Dropout before the last hidden layer.
-        dendrites, one_product: As in `DendriticASTConfig`.
+        dendrites: Module name to `{"count": dendrites, "activation": name}`.
     """
 
     model_type = "cnn14"
@@ -37,7 +37,6 @@ class CNN14Config(PreTrainedConfig):
     block_dropout: float | int = 0.2
     head_dropout: float | int = 0.5
     dendrites: dict | None = None
-    one_product: bool = False
 
     @property
     def channels(self) -> list[int]:

@@ -1,205 +1,203 @@
-"""Networks whose listed layers carry artificial dendrites, among them an AST; needs torch and transformers only.
+"""Layers and models with artificial dendrites. Needs torch and transformers only.
 
-This file is copied into every exported model folder, where `trust_remote_code=True` runs it: it imports nothing of the
-project it comes from. With n dendrites a layer computes what perforatedai's training forward computes, to the bit,
+`export_dendritic` turns a model that perforatedai grew into ordinary torch layers. This file is copied into the
+folder of every model with dendrites, where `trust_remote_code=True` runs it. It imports nothing of the project that it
+comes from. Beside pai_callback.py it is the second file to copy into another project.
+
+With n dendrites a layer computes what perforatedai's training forward computes, to the bit:
 
     h_i = f(dendrite_i(x) + d2d[i, 0] · h_0 + … + d2d[i, i−1] · h_(i−1))        i = 0 … n−1
     out = neuron(x) + top[0] · h_0 + … + top[n−1] · h_(n−1)
 
-summed left to right (Brenner and Itti 2025, arXiv:2501.18018). Neuron and dendrites share one weight matrix, the
-neuron's rows first: a class that knows no dendrites finds the wrong shape and refuses it.
+summed from left to right (Brenner and Itti 2025, arXiv:2501.18018). Neuron and dendrites share one weight, the neuron
+first. A class that knows no dendrites finds the wrong shape and refuses it.
 """
 
-from collections.abc import Iterator
+import copy
+import functools
+import logging
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional
-from transformers import ASTConfig, ASTForAudioClassification
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
 
-ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "gelu": functional.gelu}
-FRESH_STD = 0.01  # of a dendrite that has learned nothing, as perforatedai draws it
+logger = logging.getLogger(__name__)
+
+ACTIVATIONS = {
+    "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "gelu": functional.gelu,
+    "identity": nn.Identity(),
+}  # fmt: skip
 
 
 class DendriticLayer(nn.Module):
-    """A layer with dendrites: what linear and convolution have in common.
+    """A layer with dendrites.
 
     Args:
-        plain: The layer to grow on. Its weights become the neuron's; dendrites are drawn, `top` and `d2d` are 0, so
-            that the outputs stay what they were.
-        count: Dendrites, at least 1.
+        plain: The layer to grow on. Its weights become the neuron's. The dendrites, `top` and `d2d` are 0, so the
+            outputs stay the same.
+        count: Number of dendrites, at least 1.
         activation: Their activation, a key of `ACTIVATIONS`.
-        one_product: Whether, in evaluation and in float32 or float64, neuron and dendrites are one matrix product: less
-            overhead where a layer is narrow, and outputs that differ by at most about 1e-6 of the largest one. In
-            training, under autocast and in half precision, where another order of summation may flip the last of few
-            bits, each keeps its own product.
 
     Raises:
-        ValueError: `count` or `activation` is none of these.
+        ValueError: If `count` or `activation` is neither.
     """
 
-    channel_axis: int  # of the outputs, from the end
+    neuron_axis = 0  # of the weight
+    channel_axis = -1  # of the outputs
 
-    def __init__(self, plain: nn.Module, count: int, activation: str, one_product: bool = False):
+    def __init__(self, plain: nn.Module, count: int, activation: str):
         super().__init__()
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"count: found {count!r}, wanted a number of dendrites, 1 or more")
+            raise ValueError(f"count must be a number of dendrites, 1 or more, got {count!r}")
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: found {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
-        self.count, self.activation, self.one_product = count, activation, one_product
-        self.channels = len(plain.weight)
-        self.weight = _with_dendrites(plain.weight, count)
-        self.bias = None if plain.bias is None else _with_dendrites(plain.bias, count)
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        # Model code reads and sets attributes such as `stride`.
+        vars(self).update({name: value for name, value in vars(plain).items() if name not in vars(nn.Module())})
+        self.count, self.activation = count, activation
+        self.channels = plain.weight.shape[self.neuron_axis]
+        self.weight = self._with_dendrites(plain.weight, self.neuron_axis)
+        self.bias = None if plain.bias is None else self._with_dendrites(plain.bias, 0)
         self.top = nn.Parameter(plain.weight.new_zeros(count, self.channels))
         pairs = count * (count - 1) // 2  # rows (1, 0), (2, 0), (2, 1), (3, 0), …
         self.d2d = nn.Parameter(plain.weight.new_zeros(pairs, self.channels)) if pairs else None
 
+    def _with_dendrites(self, parameter: nn.Parameter, axis: int) -> nn.Parameter:
+        parts = [parameter.detach(), *[torch.zeros_like(parameter) for _ in range(self.count)]]
+        return nn.Parameter(torch.cat(parts, axis), requires_grad=parameter.requires_grad)
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The neuron's output with those of its dendrites.
+        """The output of the neuron with those of its dendrites.
 
         Args:
             inputs: As the plain layer takes them.
 
         Returns:
-            As the plain layer gives them; under autocast float32, because `top` is.
+            As the plain layer returns them. Under autocast float32, because `top` is.
         """
-        activate = ACTIVATIONS[self.activation]
-        out, *currents = self._products(inputs)
+        weights = self.weight.split(self.channels, self.neuron_axis)
+        biases = [None] * len(weights) if self.bias is None else self.bias.split(self.channels)
+        out, *currents = (self._multiply(inputs, *pair) for pair in zip(weights, biases, strict=True))
         activated: list[torch.Tensor] = []
         for i, current in enumerate(currents):
             for j, earlier in enumerate(activated):
                 current = current + self._by_channel(self.d2d[i * (i - 1) // 2 + j]) * earlier
-            activated.append(activate(current))
+            activated.append(ACTIVATIONS[self.activation](current))
             out = out + self._by_channel(self.top[i]) * activated[i]
         return out
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, count={self.count}, activation={self.activation}"
 
-    def _products(self, inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Outputs of the neuron and of each dendrite before activation."""
-        if self.one_product and self._is_exact_in_one(inputs):
-            return list(self._multiply(inputs, self.weight, self.bias).split(self.channels, self.channel_axis))
-        weights = self.weight.split(self.channels)
-        biases = [None] * len(weights) if self.bias is None else self.bias.split(self.channels)
-        return [self._multiply(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-
-    def _is_exact_in_one(self, inputs: torch.Tensor) -> bool:
-        whole = self.weight.dtype in (torch.float32, torch.float64)
-        return whole and not self.training and not torch.is_autocast_enabled(inputs.device.type)
-
     def _by_channel(self, row: torch.Tensor) -> torch.Tensor:
-        """One value a channel, (channels,), in a shape that multiplies the outputs."""
-        return row if self.channel_axis == -1 else row.view(-1, *[1] * (-1 - self.channel_axis))
+        """One value per channel, (channels,), in a shape that multiplies the outputs."""
+        return row.view(-1, *[1] * (-1 - self.channel_axis))
 
     def _multiply(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        raise NotImplementedError
+        return functional.linear(inputs, weight, bias)
 
 
 class DendriticLinear(DendriticLayer):
     """`nn.Linear` with dendrites: (…, in) to (…, out)."""
 
-    channel_axis = -1
 
-    def __init__(self, plain: nn.Linear, count: int, activation: str, one_product: bool = False):
-        super().__init__(plain, count, activation, one_product)
-        self.in_features, self.out_features = plain.in_features, plain.out_features
+class DendriticConv1D(DendriticLayer):
+    """transformers' `Conv1D`, a linear layer with a transposed weight, with dendrites."""
+
+    neuron_axis = 1
 
     def _multiply(self, inputs, weight, bias):
-        return functional.linear(inputs, weight, bias)
+        outputs = torch.addmm(bias, inputs.view(-1, inputs.size(-1)), weight)
+        return outputs.view(*inputs.shape[:-1], self.channels)
 
 
-class DendriticConv2d(DendriticLayer):
+class DendriticConv1d(DendriticLayer):
+    """`nn.Conv1d` with dendrites: (batch, in, time) to (batch, out, time)."""
+
+    channel_axis = -2
+    plain = nn.Conv1d
+
+    def _multiply(self, inputs, weight, bias):
+        return self.plain._conv_forward(self, inputs, weight, bias)
+
+
+class DendriticConv2d(DendriticConv1d):
     """`nn.Conv2d` with dendrites: (batch, in, height, width) to (batch, out, height, width)."""
 
     channel_axis = -3
-
-    def __init__(self, plain: nn.Conv2d, count: int, activation: str, one_product: bool = False):
-        if plain.padding_mode != "zeros":
-            raise ValueError(f"padding_mode: found {plain.padding_mode!r}, wanted 'zeros'")
-        super().__init__(plain, count, activation, one_product)
-        # Model code reads and sets `stride` on its convolution, so the names stay those of nn.Conv2d.
-        self.stride, self.padding, self.dilation, self.groups = (
-            plain.stride,
-            plain.padding,
-            plain.dilation,
-            plain.groups,
-        )
-
-    def _multiply(self, inputs, weight, bias):
-        return functional.conv2d(inputs, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def _is_exact_in_one(self, inputs):
-        # Groups divide the rows of the whole matrix, so dendrites would read the wrong inputs.
-        return self.groups == 1 and super()._is_exact_in_one(inputs)
+    plain = nn.Conv2d
 
 
-LAYERS = {nn.Linear: DendriticLinear, nn.Conv2d: DendriticConv2d}
+class DendriticConv3d(DendriticConv1d):
+    """`nn.Conv3d` with dendrites: (batch, in, depth, height, width) to (batch, out, depth, height, width)."""
+
+    channel_axis = -4
+    plain = nn.Conv3d
 
 
-def add_dendrites(model: nn.Module, structure: dict[str, dict[str, Any]], one_product: bool = False) -> None:
-    """Put dendritic layers in the place of plain ones.
+LAYERS = {
+    nn.Linear: DendriticLinear, Conv1D: DendriticConv1D, nn.Conv1d: DendriticConv1d, nn.Conv2d: DendriticConv2d,
+    nn.Conv3d: DendriticConv3d,
+}  # fmt: skip
+
+
+def draw_dendrites(weight: torch.Tensor, neuron_axis: int = 0) -> None:
+    """Draw weights with a standard deviation of 1/sqrt(inputs of a neuron)."""
+    inputs = weight.numel() // weight.shape[neuron_axis]
+    weight.data.copy_(torch.randn(weight.shape) * inputs**-0.5)
+
+
+def add_dendrites(model: nn.Module, structure: dict[str, dict[str, Any]]) -> None:
+    """Replace plain layers by layers with new dendrites. The outputs of the model stay the same.
 
     Args:
         model: Changed in place.
         structure: Module name to `{"count": dendrites, "activation": name}`.
-        one_product: As in `DendriticLayer`.
 
     Raises:
-        ValueError: A module does not exist, is neither Linear nor Conv2d, or its entry makes no sense.
+        ValueError: If a module does not exist, is of no class in `LAYERS`, or its entry makes no sense.
     """
     modules = dict(model.named_modules())
     for name, dendrites in structure.items():
         plain = modules.get(name)
         if type(plain) not in LAYERS:
             found = "no such module" if plain is None else type(plain).__name__
-            raise ValueError(f"dendrites: {name!r}: found {found}, wanted an nn.Linear or nn.Conv2d of the model")
+            raise ValueError(f"dendrites: {name!r} must be a linear or convolutional layer of the model, got {found}")
         try:
-            layer = LAYERS[type(plain)](plain, **dendrites, one_product=one_product)
+            layer = LAYERS[type(plain)](plain, **dendrites)
         except (TypeError, ValueError) as error:
             raise ValueError(f"dendrites: {name!r}: {error}") from error
-        parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, layer.train(plain.training))
-
-
-class DendriticASTConfig(ASTConfig):
-    """`ASTConfig` and the dendrites.
-
-    Args:
-        dendrites: Module name to `{"count": dendrites, "activation": name}`.
-        one_product: As in `DendriticLayer`; off, the logits are those of the training to the bit. A keyword of
-            `from_pretrained` sets it like any other field.
-    """
-
-    model_type = "dendritic-audio-spectrogram-transformer"
-
-    dendrites: dict | None = None
-    one_product: bool = False
+        for weight in layer.weight.split(layer.channels, layer.neuron_axis)[1:]:
+            draw_dendrites(weight, layer.neuron_axis)
+        model.set_submodule(name, layer.train(plain.training))
 
 
 class DendriticMixin:
-    """For a PreTrainedModel whose configuration has the fields `dendrites` and `one_product`."""
+    """For a `PreTrainedModel` whose configuration may list dendrites in a field `dendrites`."""
 
     def add_dendrites(self) -> None:
-        """Put dendrites on the layers that the configuration lists; the last of the model's `__init__`."""
-        add_dendrites(self, self.config.dendrites or {}, self.config.one_product)
+        """Put dendrites on the layers that the configuration lists; the last call in the model's `__init__`."""
+        add_dendrites(self, getattr(self.config, "dendrites", None) or {})
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """`PreTrainedModel.from_pretrained`, where with dendrites a tensor missing or left over is an error.
+        """`PreTrainedModel.from_pretrained`, where a tensor that is missing or left over is an error.
 
-        transformers draws what is missing and warns: a model could lose its dendrites and still answer. What
-        `ignore_mismatched_sizes=True` lets pass, such as a head for other classes, begins fresh as it does there.
+        transformers draws missing tensors and warns, so a model could lose its dendrites and still answer. What
+        `ignore_mismatched_sizes=True` allows, such as a head for other classes, starts from new weights as usual.
 
         Raises:
-            ValueError: Weights and configuration differ.
+            ValueError: If the weights do not fit the configuration.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if model.config.dendrites and (info["missing_keys"] or info["unexpected_keys"]):
+        if getattr(model.config, "dendrites", None) and (info["missing_keys"] or info["unexpected_keys"]):
             raise ValueError(
-                f"the weights are not those of this configuration: missing {_some(info['missing_keys'])}, left over "
+                f"the weights do not fit the configuration: missing {_some(info['missing_keys'])}, left over "
                 f"{_some(info['unexpected_keys'])}; config.json and model.safetensors must come from one export"
             )
         return (model, info) if output_loading_info else model
@@ -209,29 +207,9 @@ class DendriticMixin:
         super()._init_weights(module)
         if isinstance(module, DendriticLayer):
             init.normal_(module.weight, std=getattr(self.config, "initializer_range", 0.02))
-            for parameter in _others(module):
-                init.zeros_(parameter)
-
-
-class DendriticASTForAudioClassification(DendriticMixin, ASTForAudioClassification):
-    """`ASTForAudioClassification` with dendrites on the layers that its configuration lists."""
-
-    config_class = DendriticASTConfig
-
-    def __init__(self, config: DendriticASTConfig):
-        super().__init__(config)
-        self.add_dendrites()
-
-
-def _with_dendrites(parameter: nn.Parameter, count: int) -> nn.Parameter:
-    """The neuron's rows and, below them, freshly drawn ones of `count` dendrites."""
-    rows, *rest = parameter.shape
-    fresh = FRESH_STD * torch.randn(count * rows, *rest, dtype=parameter.dtype, device=parameter.device)
-    return nn.Parameter(torch.cat([parameter.detach(), fresh]), requires_grad=parameter.requires_grad)
-
-
-def _others(layer: DendriticLayer) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in (layer.bias, layer.top, layer.d2d) if parameter is not None)
+            for parameter in (module.bias, module.top, module.d2d):
+                if parameter is not None:
+                    init.zeros_(parameter)
 
 
 def _some(keys) -> str:
@@ -239,6 +217,104 @@ def _some(keys) -> str:
     return f"{', '.join(keys[:3]) or 'none'}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
 
 
-# So that `save_pretrained` copies this file into the folder and names it in config.json's auto_map, every time.
-DendriticASTConfig.register_for_auto_class()
-DendriticASTForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
+@functools.cache
+def __getattr__(name: str) -> type:
+    """`Dendritic<class>` for any configuration or model class of transformers, made when it is first asked for.
+
+    config.json names it in `auto_map`, so that the Auto classes find it in this file. The configuration has the type
+    `dendritic-<stock type>` and the field `dendrites`, and the model has the dendrites that the field lists.
+    """
+    stock = getattr(transformers, name.removeprefix("Dendritic"), None) if name.startswith("Dendritic") else None
+    settings = {"__module__": __name__, "__doc__": f"`{name.removeprefix('Dendritic')}` with dendrites."}
+    if isinstance(stock, type) and issubclass(stock, PreTrainedConfig):
+        fields = {"__annotations__": {"dendrites": dict | None}, "dendrites": None}
+        made = type(name, (stock,), settings | fields | {"model_type": f"dendritic-{stock.model_type}"})
+        made.register_for_auto_class()
+        return made
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+
+        def build(self, config, *args, **kwargs):
+            stock.__init__(self, config, *args, **kwargs)
+            self.add_dendrites()
+
+        config_class = __getattr__(f"Dendritic{stock.config_class.__name__}")
+        made = type(name, (DendriticMixin, stock), settings | {"config_class": config_class, "__init__": build})
+        made.register_for_auto_class(_auto_classes(stock)[0])
+        return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _auto_classes(stock: type[PreTrainedModel]) -> list[str]:
+    """The names of transformers' Auto classes that load a model class."""
+    found = []
+    for name, auto in vars(modeling_auto).items():
+        if name.startswith("AutoModel") and auto._model_mapping is not None:
+            classes = auto._model_mapping.get(stock.config_class, ())
+            if stock in (classes if isinstance(classes, (list, tuple)) else [classes]):
+                found.append(name)
+    return found or ["AutoModel"]
+
+
+def export_dendritic(model: nn.Module, activation: str | None = None) -> nn.Module:
+    """A copy of a model that perforatedai grew, made of ordinary torch layers. It computes the same, to the bit.
+
+    Of a `PreTrainedModel` of transformers the copy is a `Dendritic<class>`. Its `save_pretrained` writes a folder that
+    `from_pretrained(..., trust_remote_code=True)` and `pipeline` load without perforatedai and without this project.
+    Any other module is of its own class. A model on which nothing has grown is a plain one.
+
+    Args:
+        model: Left as it is.
+        activation: Activation of the dendrites. Needed only if no `PAICallback` grew them.
+
+    Raises:
+        ValueError: If dendrites are growing, or a layer is of no class in `LAYERS`.
+    """
+    copies: dict[int, nn.Module] = {}
+    structure = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ == "PAINeuronModule":  # not imported: perforatedai prints, and may not be there
+            count = module.dendrite_modules_added
+            if type(module.main_module) not in LAYERS or len(module.dendrite_module.layers) != count:
+                raise ValueError(f"{name}: {type(module.main_module).__name__} cannot be exported, or is growing now")
+            copies[id(module)] = copy.deepcopy(module.main_module)
+            if count:
+                structure[name] = {"count": count, "activation": activation or module.activation}
+                copies[id(module)] = _exported(module, structure[name])
+    exported = copy.deepcopy(model, copies)
+    exported.__dict__.pop("save_pretrained", None)  # of a live model
+    exported._buffers.pop("tracker_string", None)  # perforatedai's
+    if isinstance(exported, PreTrainedModel) and structure:
+        exported.config.dendrites = structure
+        stock = type(exported)
+        if getattr(transformers, stock.__name__, None) is stock:
+            exported.__class__ = __getattr__(f"Dendritic{stock.__name__}")
+            exported.config.__class__ = exported.config_class  # shared with the model's parts
+            exported.config.auto_map = {
+                auto: f"{__name__.split('.')[-1]}.{type(exported).__name__}" for auto in _auto_classes(stock)
+            }
+        elif not isinstance(exported, DendriticMixin):
+            logger.warning(
+                f"{stock.__name__} is no class of transformers: from_pretrained does not know its dendrites. Give it "
+                f"{__name__}.DendriticMixin, or build the model and call add_dendrites(model, config.dendrites)"
+            )
+    return exported
+
+
+def _exported(module: nn.Module, dendrites: dict[str, Any]) -> DendriticLayer:
+    """A layer of perforatedai with dendrites as a `DendriticLayer`.
+
+    perforatedai keeps the `top` of every number of dendrites it ever had, (n, channels) each, and uses the last one.
+    Its `d2d` is a list with (i, channels) for dendrite i.
+    """
+    layers, inner = [module.main_module, *module.dendrite_module.layers], module.dendrite_module
+    layer = LAYERS[type(module.main_module)](module.main_module, **dendrites)
+    tensors = {
+        "weight": torch.cat([one.weight for one in layers], layer.neuron_axis),
+        "top": module.dendrites_to_top[-1],
+    }
+    if layer.bias is not None:
+        tensors["bias"] = torch.cat([one.bias for one in layers])
+    if layer.d2d is not None:
+        tensors["d2d"] = torch.cat(list(inner.dendrites_to_dendrites)[1 : layer.count])
+    layer.load_state_dict(tensors)
+    return layer.train(module.training)

@@ -87,7 +87,7 @@ class Family:
     model: type[PreTrainedModel]
     starts_from: tuple[str, ...]
     input_fields: tuple[str, ...] = ()
-    fixed: frozenset[str] = frozenset({"dendrites", "one_product"})
+    fixed: frozenset[str] = frozenset({"dendrites"})
     shape_free: tuple[str, ...] = ()
     check: Callable[[Any, int], None] = lambda config, max_length: None
     begin: Callable[[Any], None] = lambda model: None

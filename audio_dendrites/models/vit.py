@@ -17,13 +17,12 @@ class MelViTConfig(ViTConfig):
     """`ViTConfig` of a ViT that sees log-mel spectrograms of any size, resized to `image_size`.
 
     Args:
-        dendrites, one_product: As in `DendriticASTConfig`.
+        dendrites: Module name to `{"count": dendrites, "activation": name}`.
     """
 
     model_type = "mel-vit"
 
     dendrites: dict | None = None
-    one_product: bool = False
 
 
 class MelViTForAudioClassification(DendriticMixin, PreTrainedModel):

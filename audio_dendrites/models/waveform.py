@@ -41,7 +41,7 @@ class WaveformConfig(PreTrainedConfig):
         mean, std: The log-mel is normalised by `(x - mean) / (2 * std)`.
         max_length: Frames the network gets: shorter clips are padded and longer ones cut; none takes a clip as it is.
         trainable_filters: Whether the mel filters learn.
-        dendrites, one_product: As in `DendriticASTConfig`.
+        dendrites: Module name to `{"count": dendrites, "activation": name}`.
     """
 
     model_type = "waveform-classifier"
@@ -59,7 +59,6 @@ class WaveformConfig(PreTrainedConfig):
     max_length: int | None = 1024
     trainable_filters: bool = False
     dendrites: dict | None = None
-    one_product: bool = False
 
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone, dict):

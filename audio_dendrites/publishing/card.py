@@ -15,6 +15,7 @@ from huggingface_hub import (
 from audio_dendrites.data import synthetic
 from audio_dendrites.files import written_whole
 from audio_dendrites.publishing.content import FIGURES, code_files, files_named, read_reports
+from audio_dendrites.results.dendrites import use_sentence
 from audio_dendrites.results.scores import score_names
 from audio_dendrites.results.tables import (
     classes_table,
@@ -129,6 +130,7 @@ def model_card(
         duration=_duration(metrics["train_runtime"]) if "train_runtime" in metrics else None,
         command_line=shlex.join(metrics["command"]) if "command" in metrics else None,
         growth=_growth(dendrites),
+        use=use_sentence(dendrites),
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
 

@@ -1,6 +1,6 @@
 """Pictures of a run folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 
 from audio_dendrites.data.splits import is_multi_label
 from audio_dendrites.files import written_whole
+from audio_dendrites.results.dendrites import use_sentence
 from audio_dendrites.results.scores import score
 
 matplotlib.use("agg")
@@ -98,27 +99,33 @@ def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, pat
     _save_figure(figure, path)
 
 
-def plot_growth(
-    log_history: Sequence[dict[str, Any]], growth: Sequence[dict[str, Any]], metric: str, path: Path
+def plot_dendrites(
+    log_history: Sequence[dict[str, Any]], dendrites: Mapping[str, Any], metric: str, path: Path
 ) -> None:
-    """The validation metric over the steps, with a line at each step where dendrites grew.
+    """The validation metric with a line where dendrites grew, and how much of each layer's output they make.
 
     Args:
         log_history: `trainer.state.log_history`.
-        growth: The events of growth, with `step`, `event` and `dendrites`.
+        dendrites: The entry of metrics.json.
         metric: Name of the metric, without "eval_".
         path: PNG file.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    use = dendrites.get("use")
+    figure = Figure(figsize=(12 if use else 7, 4.5), layout="constrained")
+    axes, *others = figure.subplots(1, 2 if use else 1, squeeze=False)[0]
     points = [(entry["step"], entry[f"eval_{metric}"]) for entry in log_history if f"eval_{metric}" in entry]
     axes.plot(*zip(*points, strict=True), marker=".")
-    for entry in growth:
+    for entry in dendrites["growth"]:
         axes.axvline(entry["step"], color="tab:green" if entry["event"] == "grown" else "tab:gray", linestyle="--")
         label = f"{entry['event']}: {entry['dendrites']}"
         top = ("data", "axes fraction")
         axes.annotate(label, (entry["step"], 1), xycoords=top, va="bottom", fontsize=8, rotation=30)
     axes.set(xlabel="step", ylabel=f"{metric} (dashed: dendrites per layer)")
+    for bars in others:
+        bars.barh(list(use["layers"]), list(use["layers"].values()))
+        bars.invert_yaxis()
+        bars.set(xlim=(0, 1), xlabel="share of the dendrites in the spread of the output")
+        bars.set_title(use_sentence(dendrites), loc="right", fontsize=10)
     _save_figure(figure, path)
 
 

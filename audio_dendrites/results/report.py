@@ -22,7 +22,8 @@ from transformers import Trainer
 from audio_dendrites.data.clips import is_local
 from audio_dendrites.files import written_whole
 from audio_dendrites.recipes import Recipe
-from audio_dendrites.results.plots import plot_classes, plot_growth, plot_learning_curves
+from audio_dendrites.results.dendrites import use_sentence
+from audio_dendrites.results.plots import plot_classes, plot_dendrites, plot_learning_curves
 from audio_dendrites.results.scores import NAMES, score
 from audio_dendrites.results.tables import classes_table, scores_table, skipped_list
 
@@ -37,6 +38,7 @@ def write_run(
     labels: Sequence[str],
     predictions: dict[str, DataFrame],
     skipped: Mapping[str, Sequence[str]],
+    use: Mapping[str, Any] | None,
 ) -> None:
     """Write plots, predictions.parquet and, last, metrics.json: a folder that has it is complete.
 
@@ -47,8 +49,11 @@ def write_run(
         labels: Class names in the order of the logits.
         predictions: `predictions_table` of the splits validation and test.
         skipped: For each split that lacks clips, what was wrong with each of them.
+        use: What `measure_use` returned.
     """
     metrics = run_metrics(recipe, trainer, labels, predictions, skipped)
+    if use is not None:
+        metrics["dendrites"]["use"] = use
     # The picture may be published: of a local data set it shows the name, not where it lies.
     dataset = Path(recipe.data.dataset).name if "dataset" in metrics["local"] else recipe.data.dataset
     title = f"{dataset}, test fold {' '.join(recipe.data.folds['test'])}"
@@ -56,7 +61,7 @@ def write_run(
     log, metric = trainer.state.log_history, str(trainer.args.metric_for_best_model).removeprefix("eval_")
     plot_learning_curves(log, metric, folder / "learning_curves.png")
     if metrics["dendrites"] is not None:
-        plot_growth(log, metrics["dendrites"]["growth"], metric, folder / "dendrites.png")
+        plot_dendrites(log, metrics["dendrites"], metric, folder / "dendrites.png")
     with written_whole(folder / "predictions.parquet") as path:
         predictions["test"].to_parquet(path, index=False)
     with written_whole(folder / "metrics.json") as path:
@@ -69,11 +74,13 @@ def is_finished(folder: Path) -> bool:
 
 
 def print_summary(folder: Path) -> None:
-    """Show the scores of a finished run on the terminal, and how many clips were left out."""
+    """Show the scores of a finished run, how many clips were left out, and whether the dendrites are used."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     print(f"\n{scores_table(metrics)}\n\n{classes_table(metrics['test'])}")
     if metrics["skipped"]:
         print(f"\n{skipped_list(metrics['skipped'])}")
+    if sentence := use_sentence(metrics.get("dendrites")):
+        print(f"\n{sentence}")
     print(f"\nRun folder: {folder}", flush=True)
 
 

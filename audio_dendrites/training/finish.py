@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from audio_dendrites.files import writing_to
+from audio_dendrites.files import set_default_mode, writing_to
 from audio_dendrites.publishing.card import write_card
 from audio_dendrites.publishing.check import check_pipeline
-from audio_dendrites.publishing.export import export_dendritic
+from audio_dendrites.results.dendrites import measure_use
 from audio_dendrites.results.report import print_summary, write_run
 from audio_dendrites.results.scores import predictions_table
 from audio_dendrites.training.data import RunData
@@ -27,14 +27,16 @@ def finish(trainer: AudioTrainer, data: RunData, card_template: Path) -> None:
     for split, prefix in {"validation": "eval", "test": "test"}.items():
         output = trainer.predict_in_fp32(data.windows(split, exact=True), prefix)
         predictions[split] = predictions_table(data.index.iloc[data.splits[split]], output, data.labels)
+    use = measure_use(trainer)
     trainer.end_tracking()
     if not trainer.is_world_process_zero():
         return
     with writing_to(folder):
-        grower = getattr(trainer, "pai_callback", None)
-        export_dendritic(trainer.model, folder, trainer.processing_class, grower and grower.config.activation)
+        trainer.model.save_pretrained(folder)  # of a model with dendrites in the form that needs no perforatedai
+        trainer.processing_class.save_pretrained(folder)
+        set_default_mode(*folder.glob("*.safetensors"))
         heard = data.sound.select(data.splits["test"])
         check_pipeline(folder, heard, recipe.data.audio_column, predictions["test"], data.loss)
-        write_run(folder, recipe, trainer, data.labels, predictions, data.skipped)
+        write_run(folder, recipe, trainer, data.labels, predictions, data.skipped, use)
         write_card(folder, card_template)
     print_summary(folder)

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 
 from audio_dendrites.data.features import BatchedASTFeatureExtractor, Waveforms
 from audio_dendrites.errors import UserError
-from audio_dendrites.models.dendritic import LAYERS
 from audio_dendrites.models.loading import check_model, load_extractor, load_teacher
 from audio_dendrites.models.waveform import WaveformForAudioClassification
 from audio_dendrites.publishing import hub
@@ -95,8 +94,6 @@ def _check_model(recipe: Recipe, find_growth: FindGrowth) -> PreTrainedModel:
     if args.early_stopping_patience is not None and (args.eval_strategy == "no" or args.metric_for_best_model is None):
         raise UserError("early_stopping_patience needs an eval_strategy other than no, and a metric_for_best_model")
     config, layers = (None, []) if pai is None else find_growth(pai, model, two_clips(model, extractor))
-    for layer in layers:
-        _check_exportable(layer.name, model.get_submodule(layer.name), layer.axis - len(layer.shape))
     if layers:
         _check_growth(args, config)
     _check_optimizer(args, model, grows=bool(layers))
@@ -117,23 +114,6 @@ def two_clips(model: PreTrainedModel, extractor: BatchedASTFeatureExtractor | Wa
     return {"input_values": torch.empty(2, model.front_end.samples(extractor.max_length), device="meta")}
 
 
-def _check_exportable(name: str, layer: nn.Module, axis: int) -> None:
-    """Raise a UserError if the exported form of a model has no dendrites for a layer.
-
-    Args:
-        name: Of the layer.
-        layer: Without dendrites.
-        axis: Dimension of its output that counts the neurons, from the end.
-    """
-    kind = type(layer)
-    if kind not in LAYERS or axis != LAYERS[kind].channel_axis:
-        kinds = ", ".join(f"{one.__name__} (neurons on axis {LAYERS[one].channel_axis})" for one in LAYERS)
-        raise UserError(
-            f"pai: modules: a model can be exported with dendrites on {kinds}, got {name}: {kind.__name__} (neurons on "
-            f"axis {axis}). Choose another layer, or those inside it"
-        )
-
-
 def evaluations(args: RunArguments) -> int | None:
     """How often a training evaluates, if that is known without the number of clips."""
     if args.eval_strategy == "no":
@@ -148,8 +128,9 @@ def evaluations(args: RunArguments) -> int | None:
 def _check_growth(args: RunArguments, config: Any) -> None:
     """Compare the arguments of a training, its length and its early stopping with the schedule of the growth.
 
-    From one growth to the next pass at least `cycle` evaluations. Without a better evaluation growth is repeated until
-    it failed `tries` times, and is complete after `1 + tries` cycles.
+    The schedule `early` needs no evaluations. With the others, from one growth to the next pass at least `cycle`
+    evaluations. Without a better evaluation growth is repeated until it failed `tries` times, and is complete after
+    `1 + tries` cycles.
 
     Raises:
         UserError: Dendrites cannot grow in this training, or early stopping would end it before growth is complete.
@@ -158,9 +139,11 @@ def _check_growth(args: RunArguments, config: Any) -> None:
         raise UserError("fsdp and deepspeed must be null with dendrites, which need whole parameters in every process")
     if args.auto_find_batch_size:
         raise UserError("auto_find_batch_size must be false with dendrites, because it starts the training again")
+    if config.schedule == "early":
+        return
     if args.eval_strategy == "no":
         raise UserError("eval_strategy must be steps or epoch with dendrites, which grow after evaluations, got no")
-    cycle = {"history": config.patience + 1, "fixed": config.interval, "every": 1}[config.schedule]
+    cycle = {"history": config.patience + 1, "fixed": config.interval}[config.schedule]
     patience, shortest = args.early_stopping_patience, cycle * (1 + config.tries)
     if patience is not None and patience < shortest:
         raise UserError(
@@ -169,10 +152,11 @@ def _check_growth(args: RunArguments, config: Any) -> None:
             f"{config.tries}). Set it to null to let growth end the training (pai: stop_when_complete)"
         )
     count, needed = evaluations(args), 1 + cycle * config.max_dendrites
-    if count is not None and count < needed:
+    if count is not None and int(count * config.last_growth) < needed:
         logger.warning(
-            "pai: max_dendrites: growth to %d dendrites needs at least %d evaluations, and the training makes %d.",
-            config.max_dendrites, needed, count,
+            "pai: max_dendrites: growth to %d dendrites needs at least %d evaluations, and the training makes %d until "
+            "last_growth (%s of its steps).", config.max_dendrites, needed, int(count * config.last_growth),
+            config.last_growth,
         )  # fmt: skip
 
 

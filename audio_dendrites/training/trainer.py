@@ -27,7 +27,6 @@ from audio_dendrites.files import set_default_mode, writing_to
 from audio_dendrites.publishing import hub
 from audio_dendrites.publishing.card import model_card
 from audio_dendrites.publishing.content import code_files, stage_checkpoints, without_paths_of
-from audio_dendrites.publishing.export import ExportError, export_dendritic
 from audio_dendrites.recipes import Recipe
 from audio_dendrites.results.report import running_metrics
 from audio_dendrites.training.averaging import MovingAverage, average_weights
@@ -301,7 +300,7 @@ class AudioTrainer(Trainer):
                     kept.enter_context(tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix=PUSH_FOLDER))
                 )
                 self._stage_checkpoint(Path(checkpoint_folder), folder)
-            except (ExportError, OSError, SafetensorError) as error:
+            except (ValueError, OSError, SafetensorError) as error:
                 logger.warning("Step %d was not pushed. The training continues. %s", self.state.global_step, error)
                 return
             message = f"Training in progress, step {self.state.global_step}"
@@ -314,9 +313,9 @@ class AudioTrainer(Trainer):
 
     def _stage_checkpoint(self, checkpoint: Path, folder: Path) -> None:
         """Write the model as `pipeline` loads it, its card and, for `hub_strategy: checkpoint`, the checkpoint."""
-        grower = getattr(self, "pai_callback", None)
         with self._averaged():
-            export_dendritic(self.model, folder, self.processing_class, grower and grower.config.activation)
+            self.model.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
         metrics, recipe = without_paths_of(running_metrics(self.recipe, self), self.recipe.to_dict())
         card = model_card(metrics, recipe, self.card_template, self.args.hub_model_id, set(code_files(folder)))
         (folder / "README.md").write_text(card, encoding="utf-8")
