@@ -93,9 +93,7 @@ def test_with_last_all_other_folds_train_and_none_chooses(recipe, tmp_path):
 
 @pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")
 def test_with_a_baseline_both_sides_are_compared_over_all_runs(recipe, tmp_path, capsys):
-    path = recipe(
-        baseline=True, pai={"max_dendrites": 1, "schedule": "fixed", "interval": 1, "stop_when_complete": False}
-    )
+    path = recipe(baseline=True, pai={"first_growth": 0.3})
     crossval.main([path, "--folds", "1", "--seeds", "1", "2"])
     assert "| baseline  | 2    |" in capsys.readouterr().out
     page = json.loads((tmp_path / "runs" / "comparison.json").read_text())

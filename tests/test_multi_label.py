@@ -177,7 +177,7 @@ def test_one_class_against_the_rest_is_the_sigmoid_too(recipe, tmp_path, capsys)
     assert config["problem_type"] == "multi_label_classification"
 
 
-PAI = {"max_dendrites": 1, "schedule": "fixed", "interval": 1, "stop_when_complete": False}
+PAI = {"first_growth": 0.3}
 NEEDS_PAI = pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")
 
 

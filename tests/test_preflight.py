@@ -43,22 +43,25 @@ def recipe(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pai": {"modules": ["clasifier.dense"]}}, "'clasifier.dense'.* did you mean 'classifier.dense'"),
+        ({"pai": {"modules": ["clasifier.dense"]}}, "'clasifier.dense'.*did you mean 'classifier.dense'"),
         ({"pai": {"modules": ["layers.-1.mlp"]}}, "ASTMLP"),
-        ({"pai": {"max_dendrite": 1}}, "unknown field 'max_dendrite'.* did you mean 'max_dendrites'"),
+        ({"pai": {"max_dendrite": 1}}, "unknown field 'max_dendrite'.*did you mean 'max_dendrites'"),
         ({"pai": None}, "baseline must be false without a `pai` block"),
         ({"pai": {"metric": "acuracy"}}, "pai: metric must be one of accuracy, macro_f1, mAP, loss, got acuracy"),
         ({"optim": "adagrad"}, "optim must be an optimizer that can take new parameters .* got adagrad"),
         ({"optim": "lomo", "pai": None, "baseline": None}, "optim: lomo: You need to install `lomo_optim`"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr: One of min_lr or min_lr_rate"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
-        ({"eval_strategy": "no", "load_best_model_at_end": False}, "eval_strategy"),
+        (
+            {"eval_strategy": "no", "load_best_model_at_end": False, "pai": {"schedule": "history"}},
+            "eval_strategy must be steps or epoch with dendrites",
+        ),
         ({"label_separator": ",", "loss": "cross_entropy"}, "loss must be bce or auto for clips with lists of labels"),
         ({"distill_from": "nowhere"}, "distill_from: nowhere could not be loaded"),
         ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: nowhere: there is no such folder"),
         ({"output_dir": "recipe.yaml/run"}, "output_dir: recipe.yaml/run_baseline cannot be written"),
         (
-            {"early_stopping_patience": 11, "pai": {"patience": 3}},
+            {"early_stopping_patience": 11, "pai": {"schedule": "history", "patience": 3}},
             "early_stopping_patience must be at least 12 .* got 11",
         ),
         (
@@ -101,15 +104,6 @@ def test_two_clips_pass_through_every_family_without_memory(recipe, waveform, ar
     assert len(found) == layers and all(layer.shape[0] == 2 for layer in found)
 
 
-def test_layers_that_no_export_holds_are_named():
-    class Own(nn.Linear):
-        pass
-
-    for layer, axis, found in ((Own(1, 1), -1, "Own .neurons on axis -1"), (nn.Linear(1, 1), -2, "Linear .* axis -2")):
-        with pytest.raises(UserError, match=f"can be exported with dendrites on Linear .*, got body.0: {found}"):
-            preflight._check_exportable("body.0", layer, axis)
-
-
 def test_all_folds_seeds_and_kinds_are_checked_first_and_the_model_once_a_kind(recipe, tones, tmp_path, monkeypatch):
     checked = []
     check_model = preflight.check_model
@@ -145,14 +139,13 @@ GROWING = sorted((ROOT / "configs").glob("*/*_pai.yaml")) + [ROOT / "configs" / 
 
 
 @pytest.mark.parametrize("path", GROWING, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_shipped_recipe_can_reach_its_max_dendrites(path, caplog):
+def test_growth_fits_into_the_length_of_a_training(path, caplog):
     args, pai = parse_recipe([str(path)]).training, yaml.safe_load(path.read_text())["pai"]
-    config = PAIConfig.from_dict(pai)
-    preflight._check_growth(args, config)
+    preflight._check_growth(args, PAIConfig.from_dict(pai))  # early growth needs no evaluations
     assert caplog.text == "" and preflight.evaluations(args) >= 20
     args.num_train_epochs, args.eval_steps = 2, 0.5
-    preflight._check_growth(args, config)
-    assert f"growth to {config.max_dendrites} dendrites needs at least" in caplog.text and "makes 2." in caplog.text
+    preflight._check_growth(args, PAIConfig(schedule="fixed", interval=1, tries=1, max_dendrites=2))
+    assert "growth to 2 dendrites needs at least 3 evaluations, and the training makes 1 until" in caplog.text
 
 
 # Several processes

@@ -43,7 +43,7 @@ RECIPE = TONES | {
     "logging_steps": 1,
     "load_best_model_at_end": False,  # so that what has grown stays
 }
-PAI = {"modules": ["classifier.dense"], "max_dendrites": 1, "schedule": "fixed", "interval": 1, "metric": "accuracy"}
+PAI = {"modules": ["classifier.dense"], "first_growth": 0.25}
 SECRET = "correct-horse-battery"
 MODEL = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 REPORTS = {"config.yaml", "confusion_matrix.png", "learning_curves.png", "metrics.json", "predictions.parquet"}
@@ -63,9 +63,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home-of-jo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
-        recipe = write_recipe(
-            folder, write_tones(folder / "tones.parquet"), pai=PAI | {"stop_when_complete": False}, baseline=True
-        )
+        recipe = write_recipe(folder, write_tones(folder / "tones.parquet"), pai=PAI, baseline=True)
         patch.setattr(sys, "argv", ["train.py", recipe, "--hub_token", "hf_PlantedOnTheCommandLine"])
         train.main(parse_recipe(sys.argv[1:]))
     return folder
