@@ -224,6 +224,9 @@ def test_any_number_of_sides_is_compared_with_the_first(tmp_path, capsys):
     assert rows["multiply_adds"].tolist() == [1e6] * 3 and rows["parameters"].tolist() == [1010] * 3
     assert {"macro_f1.deviation", "mAP.low", "mAP.effect_size", "error_reduction_percent", "steps"} <= set(rows)
     assert not list(tmp_path.glob("plain-*/comparison.json"))
+    compare("--side", "plain", *sides["plain"], "--side", "one", sides["wide"][0])
+    one = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["sides"][1]
+    assert one["verdict"].startswith("These models do not differ significantly: `one`") and "mcnemar" not in one
 
 
 def test_folds_and_seeds_are_put_together(tmp_path, capsys):
@@ -291,7 +294,9 @@ def test_sides_that_cannot_be_compared_say_why(tmp_path):
     with pytest.raises(UserError, match="a: all clips must have 2 runs, got fewer for 20 clips"):
         write_comparison({"a": [one, half], "b": [one]}, tmp_path)
     few = [animals(tmp_path / name, (), clips=range(2)) for name in ("two", "three")]
-    with pytest.raises(UserError, match="two source recordings or more, got one"):
+    with pytest.raises(
+        UserError, match="two: test clips with a class must come from two source recordings or more, got 1"
+    ):
         compare(*few)
 
 
