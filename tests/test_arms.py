@@ -172,8 +172,8 @@ def test_match_parameters_takes_a_finished_run_and_names_what_is_wrong(tmp_path)
 
 
 def test_commands_share_the_runs_and_a_killed_one_leaves_no_lock(recipe, tmp_path, capsys):
-    path, folder = recipe("shares", **SHARES, report_to=["tensorboard"]), tmp_path / "runs"
-    command = [sys.executable, str(ROOT / "crossval.py"), path, "--seeds", "1", "2", "3"]
+    path, folder = recipe("shares", **SHARES, num_train_epochs=1, report_to=["tensorboard"]), tmp_path / "runs"
+    command = [sys.executable, str(ROOT / "crossval.py"), path, "--seeds", "1", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
@@ -187,13 +187,13 @@ def test_commands_share_the_runs_and_a_killed_one_leaves_no_lock(recipe, tmp_pat
         first.wait()
     assert second.returncode == 0, second.stderr
     assert f"{folder / 'seed-1'}: another command is training this run." in second.stdout
-    assert f"1 of 3 runs are not finished: {folder / 'seed-1'}" in second.stdout
-    assert list(json.loads((folder / "crossval.json").read_text())["baseline"]["runs"]) == ["seed-2", "seed-3"]
-    crossval.main([path, "--seeds", "1", "2", "3", "--collect"])
-    assert "1 of 3 runs are not finished" in capsys.readouterr().out
-    crossval.main([path, "--seeds", "1", "2", "3"])
+    assert f"1 of 2 runs are not finished: {folder / 'seed-1'}" in second.stdout
+    assert list(json.loads((folder / "crossval.json").read_text())["baseline"]["runs"]) == ["seed-2"]
+    crossval.main([path, "--seeds", "1", "2", "--collect"])
+    assert "1 of 2 runs are not finished" in capsys.readouterr().out
+    crossval.main([path, "--seeds", "1", "2"])
     assert "not finished" not in capsys.readouterr().out and not _is_locked(folder / "seed-1" / ".lock")
-    assert all(len(list(folder.glob(f"seed-{seed}/tensorboard/events.*"))) == 1 for seed in (2, 3))
+    assert len(list(folder.glob("seed-2/tensorboard/events.*"))) == 1  # trained once
 
 
 def _is_locked(path):
