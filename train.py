@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 
@@ -23,13 +24,13 @@ from audio_dendrites.publishing.card import write_card
 from audio_dendrites.recipes import Recipe, parse_recipe, write_yaml
 from audio_dendrites.results.comparison import write_comparison
 from audio_dendrites.results.metrics import compute_metrics
-from audio_dendrites.results.report import print_summary
+from audio_dendrites.results.report import is_finished, print_summary
 from audio_dendrites.training.checkpoints import find_checkpoint
 from audio_dendrites.training.data import RunData, load_data
 from audio_dendrites.training.finish import finish
 from audio_dendrites.training.losses import balanced_class_weights
-from audio_dendrites.training.preflight import preflight
-from audio_dendrites.training.process import one_process_first, prepare_process
+from audio_dendrites.training.preflight import is_over, preflight
+from audio_dendrites.training.process import locked, one_process_first, prepare_process
 from audio_dendrites.training.trainer import AudioTrainer
 from data_collator import AugmentedClips, BalancedSampler, SetEpoch, SpectrogramCollator, WaveformCollator
 from pai_callback import Layer, PAICallback, PAIConfig, PAIError, PAITrainerMixin, choose_layers, probe_layers
@@ -53,23 +54,40 @@ def find_growth(pai: Mapping[str, Any], model: nn.Module, batch: Mapping[str, An
 
 
 def main(*recipes: Recipe) -> None:
-    """Train every run of the recipes. A recipe with `baseline: true` is two runs, which are compared.
+    """Train every run of the recipes that no other command trains. A recipe with `baseline: true` is two runs, which
+    are compared.
 
     Args:
-        recipes: They differ at most in their folds, seeds and run folders. All runs are checked before one trains.
+        recipes: They are of one data set. All runs are checked before one trains.
     """
     prepare_process(recipes[0].training)
     data = load_data(preflight([run for recipe in recipes for run in recipe.runs()], find_growth))
     for recipe in recipes:
         runs, is_first = recipe.runs(), recipe.training.process_index == 0
         for run in runs:
-            if run.training.output_dir in data:
-                train(data[run.training.output_dir])
-            elif is_first:
-                print_summary(Path(run.training.output_dir))
+            train_unless_locked(run, data.get(run.training.output_dir))
         with one_process_first(recipe.training, "comparing and publishing"):
-            if is_first:
+            if is_first and all(is_finished(Path(run.training.output_dir)) for run in runs):
                 conclude(*runs)
+
+
+def train_unless_locked(run: Recipe, data: RunData | None) -> None:
+    """Train a run, show it if it is finished, or leave it to the command that is training it.
+
+    Args:
+        run: Its recipe.
+        data: Its data; None if it was finished when this command started.
+    """
+    folder = Path(run.training.output_dir)
+    with locked(run.training) as free:
+        found = "finished" if data is None or is_over(run.training) else "to train" if free else "locked"
+        found = broadcast_object_list([found])[0]
+        if found == "to train":
+            train(data)
+        elif run.training.process_index == 0 and found == "finished":
+            print_summary(folder)
+        elif run.training.process_index == 0:
+            print(f"\n{folder}: another command is training this run.", flush=True)
 
 
 def conclude(run: Recipe, dendritic: Recipe | None = None) -> None:

@@ -37,6 +37,8 @@ SPLITS = ("train", "validation", "test")
 LISTS = ("validation_list", "test_list")
 SCORES = ("accuracy", "macro_f1", "mAP")  # of an evaluation; multi-label clips have mAP alone
 
+SIZES = ("intermediate_size", "width")  # fields of `model_config` that `match_parameters` sets
+
 SEEDS = "[0, 4294967295]"  # NumPy's
 RANGES_OF_TRAINING_ARGUMENTS = {
     "(0, inf)": "adam_epsilon eval_steps num_train_epochs save_steps",
@@ -431,10 +433,27 @@ class ModelArguments:
         None, "Learning rate of the classification head. Default: learning_rate.", "[0, inf)"
     )
     layer_decay: float = option(1.0, "Ratio of a layer's learning rate to that of the layer above it.", "(0, 1]")
+    match_parameters: int | str | None = option(
+        None,
+        "Size the model to this number of parameters, or to that of a finished run folder. Sets intermediate_size of "
+        "an AST or ViT, or width of a CNN14, in model_config. Needs random weights.",
+        "[1, inf)",
+    )
+    weights_by_name: bool = option(
+        False,
+        "Draw each random weight by the seed and the name of the weight. Weights of the same name and shape are then "
+        "the same in models of different sizes. crossval.py sets this if it compares recipes.",
+    )
 
     def __post_init__(self):
+        self.match_parameters = _number_of_parameters(self.match_parameters)
         check_values(self)
         self.model_config = _mapping("model_config", self.model_config)
+        if self.match_parameters is not None and self.model is not None:
+            raise UserError(
+                f"match_parameters must not be set together with model, got {self.match_parameters} and "
+                f"{self.model!r}; pretrained weights have a size of their own"
+            )
 
 
 @dataclass
@@ -679,6 +698,11 @@ class Recipe:
                 "ema_decay must not be set together with pai: a moving average cannot follow a model that grows; use "
                 "average_checkpoints"
             )
+        if self.model.match_parameters is not None and self.dendrites.pai is not None:
+            raise UserError(
+                f"match_parameters must not be set together with pai, got {self.model.match_parameters}; it sizes a "
+                f"model without dendrites"
+            )
 
     def baseline(self) -> "Recipe":
         """The same recipe without dendrites, with a run folder of its own next to this one's."""
@@ -758,6 +782,24 @@ def _number_or_auto(name: str, value: float | str | None) -> float | str | None:
         return float(value)
     except ValueError as error:
         raise UserError(f"{name} must be a number or auto, got {value!r}") from error
+
+
+def _number_of_parameters(value: int | str | None) -> int | None:
+    """The value of `match_parameters` as a number. For a run folder, metrics.json has it.
+
+    Raises:
+        UserError: The value is neither a number nor a finished run folder.
+    """
+    if not isinstance(value, str):
+        return value
+    if value.isdigit():
+        return int(value)
+    try:
+        return json.loads(Path(value, "metrics.json").read_text(encoding="utf-8"))["parameters"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"match_parameters must be a number of parameters or a finished run folder, got {value!r} ({error!r})"
+        ) from error
 
 
 PARTS = (DataArguments, FeatureArguments, AugmentationArguments, ModelArguments, DendriteArguments, RunArguments)

@@ -25,6 +25,7 @@ from audio_dendrites.publishing.content import stage_run
 from audio_dendrites.recipes import DataArguments, RunArguments, parse_recipe
 from audio_dendrites.results.comparison import main as compare
 from audio_dendrites.results.comparison import write_comparison
+from audio_dendrites.results.folds import summary
 from audio_dendrites.results.metrics import compute_metrics
 from audio_dendrites.results.scores import score
 from audio_dendrites.results.tables import scores_table
@@ -156,7 +157,7 @@ def test_a_multi_label_run_ends_with_a_model_whose_pipeline_gives_sigmoids(recip
     }
     classify = pipeline("audio-classification", model=str(folder))
     assert classify.model.config.problem_type == "multi_label_classification"
-    table, found, _ = crossval.summary([folder, folder])
+    table, found, _ = summary([folder, folder])
     assert found["mean"] == {name: metrics["test"][name] for name in ("mAP", "AUC", "d_prime")} and not found["pooled"]
     assert "| mean " in table and "AUC" in scores_table(metrics)
 

@@ -3,14 +3,17 @@
 import dataclasses
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     ASTConfig,
     ASTForAudioClassification,
@@ -43,6 +46,7 @@ logger = logging.getLogger(__name__)
 HEAD = re.compile(r"(^|\.)classifier(\.|$)")
 BELOW_THE_LAYERS = re.compile(r"(^|\.)(embeddings|bn0|front_end)\.")
 LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
+TOLERANCE = 0.02  # of `match_parameters`
 
 
 def _check_halvings(config: CNN14Config, max_length: int) -> None:
@@ -81,6 +85,7 @@ class Family:
         adapt: Fits pretrained weights to the model's configuration from the one given, the pretrained one.
         from_images: Weights of the model's base from a model of images and the configuration wanted, where it starts
             from such models and they are not its own.
+        resize: Gives the fields that set a size, 1, 2, 3, …. A larger size never has fewer parameters.
     """
 
     config: type[PreTrainedConfig]
@@ -93,6 +98,7 @@ class Family:
     begin: Callable[[Any], None] = lambda model: None
     adapt: Callable[[Any, Any], None] = lambda model, pretrained: None
     from_images: Callable[[Any, Any], dict[str, torch.Tensor]] | None = None
+    resize: Callable[[Any, int], dict[str, Any]] = lambda config, size: {"intermediate_size": size}
 
 
 FAMILIES = {  # a model that two can start from is the first one's, unless the recipe says which
@@ -116,6 +122,8 @@ FAMILIES = {  # a model that two can start from is the first one's, unless the r
         starts_from=(CNN14Config.model_type,),
         input_fields=("num_mel_bins",),
         check=_check_halvings,
+        # One size more is one channel more in the last block.
+        resize=lambda config, size: {"width": size / (config.first_channels * 2 ** (config.num_hidden_layers - 1))},
     ),
     "waveform": Family(  # saved by this project, with any of the others inside
         WaveformConfig,
@@ -190,9 +198,8 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
         )
     pretrained = None if recipe.model.model is None else _pretrained_config(recipe.model)
     labels = recipe.data.labels or ["", " "] if pretrained is None else list(pretrained.id2label.values())
-    family, _, config = _resolve(labels, recipe.model, extractor)
-    with torch.device("meta"):
-        model = _set_up(family.model(config), recipe.model, extractor)
+    arguments = match_parameters(labels, recipe.model, extractor, inexact=recipe.data.labels is None)
+    model = _without_weights(labels, arguments, extractor)
     network = getattr(model, "backbone", model)
     if recipe.augmentation.augment_after_norm and not isinstance(network, CNN14ForAudioClassification):
         raise UserError(f"augment_after_norm must be false, got true: {type(network).__name__} is no CNN14")
@@ -203,6 +210,54 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
     if pretrained is not None:
         load_model(labels, recipe.model, extractor)
     return model.to("meta")
+
+
+def match_parameters(
+    labels: Sequence[str],
+    arguments: ModelArguments,
+    extractor: BatchedASTFeatureExtractor | Waveforms,
+    inexact: bool = False,
+) -> ModelArguments:
+    """Size a model to the number of parameters that `match_parameters` asks for, if it does.
+
+    Args:
+        labels: Class names.
+        arguments: The recipe's.
+        extractor: The recipe's.
+        inexact: Whether to accept any distance, because the number of classes is not known yet.
+
+    Returns:
+        The arguments with the nearest size in their `model_config`.
+
+    Raises:
+        UserError: No size comes within 2 % of the number.
+    """
+    if (target := arguments.match_parameters) is None:
+        return arguments
+    family, _, config = _resolve(labels, arguments, extractor)
+
+    def resized(size: int) -> ModelArguments:
+        settings = (arguments.model_config or {}) | family.resize(config, size)
+        return dataclasses.replace(arguments, model_config=settings)
+
+    def count(size: int) -> int:
+        return sum(parameter.numel() for parameter in _without_weights(labels, resized(size), extractor).parameters())
+
+    high = 1
+    while count(high) < target:
+        high *= 2
+    size = bisect_left(range(high), target, lo=max(1, high // 2), key=count)
+    size = min((max(1, size - 1), size), key=lambda near: abs(count(near) - target))
+    found, (field, value) = count(size), *family.resize(config, size).items()
+    if inexact:
+        return resized(size)
+    if abs(found - target) > TOLERANCE * target:
+        raise UserError(
+            f"match_parameters must be a number that {family.model.__name__} reaches within 2 % by its {field}, got "
+            f"{target:,}; the nearest is {found:,}, with {field} {value}. Change other fields of model_config"
+        )
+    logger.info("match_parameters: %s %s gives %s parameters for %s.", field, value, f"{found:,}", f"{target:,}")
+    return resized(size)
 
 
 def load_model(
@@ -231,6 +286,12 @@ def load_model(
     if pretrained is None:
         model = family.model(config)
         family.begin(model)
+        if arguments.weights_by_name:
+            for module in model.modules():
+                module._is_hf_initialized = False  # so that transformers draws the weights again
+            with torch.random.fork_rng(devices=[]), _SeededByName(model):
+                model.initialize_weights()
+                family.begin(model)
     elif family.from_images and pretrained.model_type in IMAGE_MODELS:
         model = _with_weights_of_images(arguments, family, pretrained, config)
     else:
@@ -316,6 +377,30 @@ def layer_of(parameter: str, depth: int) -> int:
         return 0
     layer = LAYER.search(parameter)
     return int(layer[2]) + 1 if layer else depth + 1
+
+
+class _SeededByName(TorchFunctionMode):
+    """Seeds the random numbers of each parameter by torch's seed and the parameter's name."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.seed = torch.initial_seed()
+
+    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = args[0] if args else (kwargs or {}).get("tensor")  # functions of nn.init name it
+        if name := self.names.get(id(drawn)):
+            torch.default_generator.manual_seed(crc32(f"{self.seed} {name}".encode()))
+        return function(*args, **(kwargs or {}))
+
+
+def _without_weights(
+    labels: Sequence[str], arguments: ModelArguments, extractor: BatchedASTFeatureExtractor | Waveforms
+) -> PreTrainedModel:
+    """The model of the arguments on the meta device."""
+    family, _, config = _resolve(labels, arguments, extractor)
+    with torch.device("meta"):
+        return _set_up(family.model(config), arguments, extractor)
 
 
 def _resolve(

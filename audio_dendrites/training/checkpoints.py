@@ -1,7 +1,9 @@
 """Checkpoints of a run folder: which one resumes a training, and whether the folder is this run's."""
 
+import contextlib
 import json
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -20,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.publishing import hub
-from audio_dendrites.recipes import Recipe, parse_recipe
+from audio_dendrites.recipes import SIZES, Recipe, parse_recipe
 from audio_dendrites.training.process import one_process_first
 
 logger = logging.getLogger(__name__)
@@ -77,8 +79,7 @@ def check_disk(runs: Sequence[tuple[TrainingArguments, nn.Module]]) -> None:
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         # A checkpoint holds the weights, their moving average if there is one, and Adam's two moments.
         checkpoint = weights * (1 if args.ema_decay is None else 2) + 2 * trained
-        written = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
-        needed += max(0, weights + (args.save_total_limit or 1) * checkpoint - written)
+        needed += max(0, weights + (args.save_total_limit or 1) * checkpoint - _bytes_in(args.output_dir))
         largest = max(largest, checkpoint)  # one more than the limit exists while the oldest is deleted
     folder = Path(runs[0][0].output_dir)
     if (free := shutil.disk_usage(folder).free) < needed + largest:
@@ -87,6 +88,16 @@ def check_disk(runs: Sequence[tuple[TrainingArguments, nn.Module]]) -> None:
             f"{(needed + largest) / 1e9:.2f} GB (runs to train: {len(runs)}); free some, choose another --output_dir, "
             f"or keep fewer checkpoints with --save_total_limit 1"
         )
+
+
+def _bytes_in(folder: str) -> int:
+    """The size of all files of a folder, in which another command may be writing."""
+    found = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found += os.stat(os.path.join(parent, name)).st_size
+    return found
 
 
 def check_resumption(args: TrainingArguments) -> None:
@@ -158,6 +169,10 @@ def _changes(recipe: Recipe, saved: Path) -> list[str]:
         return [f"its recipe is unknown, because {saved} is missing"]
     defaults = parse_recipe([]).to_dict()  # for fields that one of them lacks, perhaps because it is older
     then, now = defaults | yaml.safe_load(saved.read_text(encoding="utf-8")), defaults | recipe.to_dict()
+    if now.get("match_parameters") is not None:  # config.yaml has the size that was found
+        for fields in (then, now):
+            settings = fields.get("model_config") or {}
+            fields["model_config"] = {name: value for name, value in settings.items() if name not in SIZES}
     return [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted((then.keys() | now.keys()) - CHANGE_NO_RESULT)

@@ -1,7 +1,8 @@
 """What a run trains on and is scored on: its clips, their features, and how they are divided."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import datasets
@@ -21,7 +22,7 @@ from audio_dendrites.data.features import (
 from audio_dendrites.data.splits import class_names, drop_bad_clips, encode_labels, is_multi_label, split_by_fold
 from audio_dendrites.data.stats import log_mel_moments, with_statistics
 from audio_dendrites.data.windows import ClipWindows
-from audio_dendrites.models.loading import load_extractor
+from audio_dendrites.models.loading import load_extractor, match_parameters
 from audio_dendrites.recipes import Recipe
 from audio_dendrites.training.losses import check_metrics, resolve_loss
 from audio_dendrites.training.process import one_process_first
@@ -88,7 +89,10 @@ class RunData:
 
 
 def load_data(recipes: Sequence[Recipe]) -> dict[str, RunData]:
-    """Load the clips of runs that differ at most in their folds, seeds, dendrites and run folders.
+    """Load the clips of runs of one data set.
+
+    Args:
+        recipes: They differ at most in their folds, features, models, dendrites and trainings.
 
     Returns:
         The data of each run by its `output_dir`.
@@ -98,10 +102,22 @@ def load_data(recipes: Sequence[Recipe]) -> dict[str, RunData]:
     """
     if not recipes:
         return {}
+    with one_process_first(recipes[0].training, "loading the data"):
+        sound, index = load_clips(recipes[0].data)
+    found = {}
+
+    def inputs(recipe: Recipe) -> str:
+        return repr((recipe.model, recipe.features))
+
+    for _, same in groupby(sorted(recipes, key=inputs), key=inputs):
+        found |= _with_features(list(same), sound, index)
+    return found
+
+
+def _with_features(recipes: Sequence[Recipe], sound: datasets.Dataset, index: DataFrame) -> dict[str, RunData]:
+    """The data of runs with one feature extractor and one model, by their `output_dir`."""
     data, args = recipes[0].data, recipes[0].training
     extractor = load_extractor(recipes[0].model, recipes[0].features)
-    with one_process_first(args, "loading the data"):
-        sound, index = load_clips(data)
     multi_label = is_multi_label(index["label"])
     divided = []
     for recipe in recipes:
@@ -121,8 +137,11 @@ def load_data(recipes: Sequence[Recipe]) -> dict[str, RunData]:
                 features[key] = extract_features(
                     sound, extractor, data.audio_column, data.clip_column, num_proc=workers, channel=data.channel
                 )
-    found = {}
+    found, models = {}, {}
     for recipe, extractor, (splits, labels, loss) in zip(recipes, extractors, divided, strict=True):
+        if tuple(labels) not in models:
+            models[tuple(labels)] = match_parameters(labels, recipe.model, extractor)
+        recipe = replace(recipe, model=models[tuple(labels)])
         own = features[str(extractor.cache_key)]
         splits, skipped = drop_bad_clips(splits, own["error"], recipe.data.on_bad_clip)
         run = RunData(recipe, extractor, sound, index, own, splits, skipped, labels, loss)

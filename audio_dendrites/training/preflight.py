@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer, get_scheduler
 
@@ -22,7 +23,7 @@ from audio_dendrites.training.losses import check_metrics, resolve_loss
 
 logger = logging.getLogger(__name__)
 
-# Fields in which the runs of a command differ and which change nothing that is checked of the model.
+# Fields in which runs of a command may differ, and which change nothing that is checked of the model.
 RUN_FIELDS = {
     "train_folds", "validation_folds", "test_folds", "seed", "output_dir", "hub_model_id", "run_name",
     "resume_from_checkpoint",
@@ -57,7 +58,9 @@ def preflight(recipes: Sequence[Recipe], find_growth: FindGrowth) -> list[Recipe
     for recipe in recipes:
         check_run_folder(recipe)
         check_resumption(recipe.training)
-    waiting = [recipe for recipe in recipes if not _is_over(recipe.training)]
+    # Another command may finish a run in between, so that the first process decides for all.
+    over = broadcast_object_list([[is_over(recipe.training) for recipe in recipes]])[0]
+    waiting = [recipe for recipe, done in zip(recipes, over, strict=True) if not done]
     if waiting:
         check_disk([(recipe.training, models[_shared_fields(recipe)]) for recipe in waiting])
     for recipe in waiting:
@@ -70,7 +73,8 @@ def _shared_fields(recipe: Recipe) -> str:
     return repr({name: value for name, value in recipe.to_dict().items() if name not in RUN_FIELDS})
 
 
-def _is_over(args: RunArguments) -> bool:
+def is_over(args: RunArguments) -> bool:
+    """Whether a run has nothing left to train."""
     return is_finished(Path(args.output_dir)) and args.resume_from_checkpoint is None
 
 

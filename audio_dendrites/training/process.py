@@ -10,6 +10,7 @@ from pathlib import Path
 
 import joblib
 import torch
+from filelock import FileLock, Timeout
 from torch import distributed
 from transformers import TrainingArguments
 
@@ -50,6 +51,27 @@ def prepare_process(args: TrainingArguments) -> None:
         )
     if args.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+@contextmanager
+def locked(args: TrainingArguments) -> Iterator[bool]:
+    """Lock a run folder for a `with` block, so that no other command trains the same run.
+
+    The lock belongs to the first process. The operating system releases it when the process ends, however it ends.
+
+    Yields:
+        False if another command has locked the folder. All processes but the first always get True.
+    """
+    lock, free = FileLock(Path(args.output_dir, ".lock")), True
+    try:
+        if args.process_index == 0:
+            lock.acquire(blocking=False)
+    except Timeout:
+        free = False
+    try:
+        yield free
+    finally:
+        lock.release()
 
 
 @contextmanager
