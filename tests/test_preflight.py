@@ -9,7 +9,6 @@ import pytest
 import yaml
 from conftest import ROOT, TINY_AST, TINY_CNN14, TINY_VIT, TONES
 from datasets import Dataset
-from torch import nn
 from transformers import ASTConfig, ASTFeatureExtractor
 
 import crossval
