@@ -3,7 +3,7 @@
 PYTHON ?= $(or $(shell for v in 3.12 3.11 3.13; do python$$v -c '' 2>/dev/null && echo python$$v && break; done),python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-RECIPE ?= configs/quickstart.yaml
+ARMS ?= plain wide dendrites
 
 .PHONY: install train test lint clean
 
@@ -21,7 +21,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	@touch $@
 
 train: install
-	$(BIN)/accelerate launch train.py $(RECIPE)
+	$(BIN)/accelerate launch crossval.py $(ARMS:%=configs/quickstart/%.yaml) --last --folds 10 --seeds 1 2 --output_dir runs/quickstart
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal

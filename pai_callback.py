@@ -86,7 +86,7 @@ class PAIConfig:
     """Which layers grow dendrites, when, and how they learn.
 
     The defaults make dendrites learn. They were found in small models that train from random weights. Each of them
-    alone changes little; together they add about a point of accuracy where a small model lacks capacity.
+    alone changes little. Together they help where a small model lacks capacity.
 
     - Growth in the first fifth of the steps (`schedule: early`), so that dendrites train for most of the schedule.
     - A nonlinear feature to begin with: `activation: gelu` (Hendrycks and Gimpel 2016, arXiv:1606.08415) and

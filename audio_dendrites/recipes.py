@@ -108,6 +108,7 @@ class DataArguments:
         "Hub id, Parquet or CSV file, folder of Parquet files, folder of class folders, unpacked archive of "
         "UrbanSound8K or ESC-50, or 'synthetic' for the generated data set.",
     )
+    synthetic_clips: int = option(800, "Number of clips of the generated data set, a tenth per class.", "[100, inf)")
     dataset_config: str | None = option(None, "Configuration (subset) of the Hub data set, if it has several.")
     dataset_dir: str | None = option(
         None, "Subfolder of the repository to load, for repositories that hold several data sets."

@@ -96,7 +96,7 @@ def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
     if arguments.train_split and kind in ("file", "synthetic"):
         raise UserError(f"train_split: {name} has no splits of its own: wanted folds (fold_column) or split_shares")
     if kind == "synthetic":
-        clips = load_synthetic()
+        clips = load_synthetic(clips_per_class=arguments.synthetic_clips // 10)
         return clips, ["train"] * len(clips)
     way_out = (
         f"{name!r} is not in the cache {cache}. Fetch it where there is a network with `python -m audio_dendrites.data "
