@@ -291,7 +291,9 @@ def test_sides_that_cannot_be_compared_say_why(tmp_path):
     with pytest.raises(UserError, match="a: all clips must have 2 runs, got fewer for 20 clips"):
         write_comparison({"a": [one, half], "b": [one]}, tmp_path)
     few = [animals(tmp_path / name, (), clips=range(2)) for name in ("two", "three")]
-    with pytest.raises(UserError, match="two source recordings or more, got one"):
+    with pytest.raises(
+        UserError, match="two: test clips with a class must come from two source recordings or more, got 1"
+    ):
         compare(*few)
 
 

@@ -162,11 +162,11 @@ def _check(sides: Sequence[Side]) -> None:
             raise UserError(
                 f"{other.name}: the test folds must be those of {reference.name}, got the same clips in other folds"
             )
-    if reference.clips["group"].nunique() < 2:
-        raise UserError("the test clips must come from two source recordings or more, got one")
     for folder, table in zip(reference.folders, reference.tables, strict=True):
-        if not table["label"].map(len).any():
-            raise UserError(f"{folder}: some test clips must have a class, got none")
+        if (count := table["group"][table["label"].map(len) > 0].nunique()) < 2:
+            raise UserError(
+                f"{folder}: test clips with a class must come from two source recordings or more, got {count}"
+            )
 
 
 def _runs(side: Side, reference: Side) -> dict[str, Runs]:
