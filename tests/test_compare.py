@@ -224,6 +224,9 @@ def test_any_number_of_sides_is_compared_with_the_first(tmp_path, capsys):
     assert rows["multiply_adds"].tolist() == [1e6] * 3 and rows["parameters"].tolist() == [1010] * 3
     assert {"macro_f1.deviation", "mAP.low", "mAP.effect_size", "error_reduction_percent", "steps"} <= set(rows)
     assert not list(tmp_path.glob("plain-*/comparison.json"))
+    compare("--side", "plain", *sides["plain"], "--side", "one", sides["wide"][0])
+    one = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["sides"][1]
+    assert one["verdict"].startswith("These models do not differ significantly: `one`") and "mcnemar" not in one
 
 
 def test_folds_and_seeds_are_put_together(tmp_path, capsys):

@@ -137,7 +137,7 @@ def compare(sides: Sequence[Side]) -> dict[str, Any]:
     for side, entry in zip(others, entries, strict=True):
         if "accuracy" in entry:
             entry["error_reduction_percent"] = error_reduction(first["accuracy"]["mean"], entry["accuracy"]["mean"])
-            if len(side.folders) == 1:
+            if len(side.folders) == len(reference.folders) == 1:
                 lost, won, p = mcnemar_exact(_right(reference), _right(side))
                 entry["mcnemar"] = {"lost": lost, "won": won, "p": p}
         entry["verdict"] = verdict(first, entry, next(iter(tested[0])), len(others))
