@@ -397,7 +397,7 @@ def test_a_training_ends_whatever_the_hub_does(fit, online, slept, caplog):
 
 
 def test_a_full_disk_costs_a_push_and_no_training(fit, online, caplog, monkeypatch):
-    monkeypatch.setattr("audio_dendrites.training.trainer.model_files", full_disk)
+    monkeypatch.setattr("audio_dendrites.training.trainer.model_card", full_disk)
     run = fit(hub_strategy="every_save")
     assert "Step 2 was not pushed. The training continues. [Errno 28] No space left on device" in caplog.text
     assert not list(run.glob(".push-*")) and "Training in progress" not in " ".join(titles(online, "me/live"))

@@ -150,7 +150,7 @@ class AudioTrainer(Trainer):
         return values
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        if self.args.lr_step_decay is None or self.lr_scheduler is not None:
+        if getattr(self.args, "lr_step_decay", None) is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         factor = partial(
             step_factor, warmup=self.args.get_warmup_steps(num_training_steps), steps_per_epoch=self.steps_per_epoch,
