@@ -21,7 +21,8 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	@touch $@
 
 train: install
-	$(BIN)/accelerate launch crossval.py $(ARMS:%=configs/quickstart/%.yaml) --last --folds 10 --seeds 1 2 --output_dir runs/quickstart
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		crossval.py $(ARMS:%=configs/quickstart/%.yaml) --last --folds 10 --seeds 1 2 3 4 --output_dir runs/quickstart
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -1,6 +1,6 @@
 """Draw the picture of README.md from two finished runs, one without and one with dendrites.
 
-python docs/figures.py runs/quickstart/plain-seed-1 runs/quickstart/dendrites-seed-1 [--output docs/overview.png]
+python docs/figures.py RUN_WITHOUT RUN_WITH [--output docs/overview.png]
 """
 
 import argparse
