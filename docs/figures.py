@@ -67,7 +67,7 @@ def draw_model(axes) -> None:
 
 
 def curve(run: Path) -> tuple[list[int], list[float], list[int]]:
-    """Steps and validation accuracy of a run, and the steps at which dendrites grew."""
+    """Steps and accuracy of the evaluations of a run, and the steps at which dendrites grew."""
     last = max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     logs = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     points = [(log["step"], log["eval_accuracy"]) for log in logs if "eval_accuracy" in log]
@@ -78,14 +78,14 @@ def curve(run: Path) -> tuple[list[int], list[float], list[int]]:
 
 
 def draw_growth(axes, plain: Path, dendritic: Path) -> None:
-    """The validation accuracy of both runs, with a line where dendrites grew."""
+    """The accuracy of both runs while they train, with a line where dendrites grew."""
     for run, name, colour in ((plain, "without dendrites", BLUE), (dendritic, "with dendrites", GREEN)):
         steps, scores, grown = curve(run)
         axes.plot(steps, scores, marker=".", color=colour, label=name)
         for step in grown:
             axes.axvline(step, color=GREEN, linestyle="--", linewidth=1)
             axes.annotate(" growth", (step, 0.94), xycoords=("data", "axes fraction"), color=GREEN, fontsize=9)
-    axes.set(xlabel="step", ylabel="validation accuracy")
+    axes.set(xlabel="step", ylabel="accuracy of the clips that do not train")
     axes.set_title("one run of the quickstart", fontsize=12)
     axes.legend(loc="lower right")
     axes.grid(alpha=0.25)
