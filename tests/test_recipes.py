@@ -131,7 +131,7 @@ def test_a_shipped_recipe_runs(path, data, pretrained, tmp_path, monkeypatch):
     if recipe.model.model:
         options["model"] = pretrained[recipe.model.model]
     else:
-        options["model_config"] = json.dumps(TINY[recipe.model.architecture])
+        options |= {"model_config": json.dumps(TINY[recipe.model.architecture]), "match_parameters": "null"}
     train.main(
         parse_recipe([str(path), *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
     )
