@@ -124,7 +124,7 @@ def plot_dendrites(
     for bars in others:
         bars.barh(list(use["layers"]), list(use["layers"].values()))
         bars.invert_yaxis()
-        bars.set(xlim=(0, 1), xlabel="share of the dendrites in the spread of the output")
+        bars.set(xlim=(0, 1), xlabel="dendrites' share of the spread")
         bars.set_title(use_sentence(dendrites), loc="right", fontsize=10)
     _save_figure(figure, path)
 
