@@ -71,7 +71,7 @@ RECIPE = {
 BASE, DEND = (
     {
         "name": name, "runs": [name[:4]], "seeds": [7], "accuracy": {"mean": accuracy, "deviation": None},
-        "parameters": parameters, "multiply_adds": None, "steps": [70], "seconds_a_step": seconds,
+        "parameters": parameters, "steps": [70], "seconds_a_step": seconds,
     }
     for name, accuracy, parameters, seconds in (("baseline", 0.5, 1000000, 0.5), ("dendritic", 0.75, 1234567, 0.6))
 )  # fmt: skip

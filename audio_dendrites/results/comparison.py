@@ -91,7 +91,6 @@ class Side:
                 for name, one in scores.items()
             },
             "parameters": self.mean("parameters"),
-            "multiply_adds": self.mean("multiply_adds"),
             "steps": sorted({metrics["steps"] for metrics in self.metrics}),
             "seconds_a_step": self.step_seconds,
         }

@@ -59,7 +59,7 @@ def classes_table(test: Mapping[str, Any]) -> str:
 def sides_table(comparison: Mapping[str, Any]) -> str:
     """Scores, steps and size of the sides in comparison.json, as a Markdown table."""
     reference, scores = comparison["sides"][0], comparison["scores"]
-    sizes = {"parameters": ",.0f", "multiply_adds": ",.0f", "seconds_a_step": ".4f"}
+    sizes = {"parameters": ",.0f", "seconds_a_step": ".4f"}
     known = [name for name in sizes if all(side[name] for side in comparison["sides"])]
     rows = [["side", "runs", *scores, "steps", *(name.replace("_", " ") for name in known)]]
     for side in comparison["sides"]:
