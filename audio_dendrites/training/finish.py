@@ -1,6 +1,8 @@
 """The end of a run: score the test fold once and write the run folder."""
 
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from audio_dendrites.files import set_default_mode, writing_to
 from audio_dendrites.publishing.card import write_card
@@ -32,9 +34,12 @@ def finish(trainer: AudioTrainer, data: RunData, card_template: Path) -> None:
     if not trainer.is_world_process_zero():
         return
     with writing_to(folder):
-        trainer.model.save_pretrained(folder)  # of a model with dendrites in the form that needs no perforatedai
-        trainer.processing_class.save_pretrained(folder)
-        set_default_mode(*folder.glob("*.safetensors"))
+        with TemporaryDirectory(dir=folder, prefix=".model-") as beside:  # no half-written model replaces a whole one
+            trainer.model.save_pretrained(beside)  # with dendrites in the form that needs no perforatedai
+            trainer.processing_class.save_pretrained(beside)
+            set_default_mode(*Path(beside).iterdir())
+            for path in Path(beside).iterdir():
+                os.replace(path, folder / path.name)
         heard = data.sound.select(data.splits["test"])
         check_pipeline(folder, heard, recipe.data.audio_column, predictions["test"], data.loss)
         write_run(folder, recipe, trainer, data.labels, predictions, data.skipped, use)
