@@ -8,13 +8,14 @@ normalised to mean 0, and `labels`, a class number or, for clips of several clas
 `AugmentedClips` gives each training example a `draw`, and the collator augments just those that have one: evaluation
 needs no second collator and never gets augmented. Set `remove_unused_columns=False`, or the Trainer takes the `draw`
 away. Needs NumPy, SciPy, torch, transformers.
-`WaveformCollator` is the same for models that compute their spectrogram themselves. `BalancedSampler` draws rare
-classes more often.
+`WaveformCollator` is the same for models that compute their spectrogram themselves, and `ExtractorCollator` for models
+with a feature extractor of transformers. `BalancedSampler` draws rare classes more often.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from scipy.special import betaincinv
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback
+from transformers import SequenceFeatureExtractor, TrainerCallback
 
 # One column of random numbers for each decision about a clip; masks take two more each, and the last is the level of
 # a spectrogram's noise.
@@ -365,6 +366,47 @@ class WaveformCollator(SpectrogramCollator):
         if self.time_mask or self.frequency_mask:
             batch |= {"masked_frames": frames, "masked_bands": bands, "mask_value": self.mask_level}
         return batch | {"attention_mask": inside.long()}
+
+
+@dataclass
+class ExtractorCollator(WaveformCollator):
+    """Batches for a pretrained encoder with a feature extractor of its own, such as wav2vec 2.0 or Whisper.
+
+    Clips are cropped, rolled, mixed and changed in loudness as waveforms. Then the extractor makes the inputs of the
+    model, as `pipeline` does. Masks are errors: such models mask their hidden states themselves (`mask_time_prob`).
+
+    Attributes:
+        extractor: The feature extractor of the pretrained model.
+    """
+
+    extractor: SequenceFeatureExtractor = field(kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.time_mask or self.frequency_mask:
+            raise ValueError("time_mask, frequency_mask: need spectrograms, and the model makes its own")
+        # Whisper's extractor pads to 30 s and those of wav2vec 2.0 not at all, if nothing else is asked of them.
+        self._padding = inspect.signature(type(self.extractor).__call__).parameters["padding"].default or True
+
+    @property
+    def pads_to_longest(self) -> bool:
+        """Whether what a clip is padded to, and with some models its logits, depend on the other clips of its batch."""
+        return self._padding != "max_length"
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """One batch.
+
+        Args:
+            examples: As WaveformCollator's.
+
+        Returns:
+            What the extractor gives, float32, and `labels` as SpectrogramCollator's.
+        """
+        batch = super().__call__(examples)
+        inside = batch.pop("attention_mask").bool()
+        clips = [values[here].numpy() for values, here in zip(batch.pop("input_values"), inside, strict=True)]
+        rate = self.extractor.sampling_rate
+        return {**self.extractor(clips, sampling_rate=rate, padding=self._padding, return_tensors="pt"), **batch}
 
 
 def _row(key: int | tuple[int, int]) -> int:

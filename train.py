@@ -18,7 +18,8 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 
 from audio_dendrites.errors import UserError
-from audio_dendrites.models.loading import learning_rates, load_model, load_teacher
+from audio_dendrites.models.families import default_dendrites, learning_rates
+from audio_dendrites.models.loading import load_model, load_teacher
 from audio_dendrites.publishing import hub
 from audio_dendrites.publishing.card import write_card
 from audio_dendrites.recipes import Recipe, parse_recipe, write_yaml
@@ -32,9 +33,17 @@ from audio_dendrites.training.losses import balanced_class_weights
 from audio_dendrites.training.preflight import is_over, preflight
 from audio_dendrites.training.process import locked, one_process_first, prepare_process
 from audio_dendrites.training.trainer import AudioTrainer
-from data_collator import AugmentedClips, BalancedSampler, SetEpoch, SpectrogramCollator, WaveformCollator
+from data_collator import (
+    AugmentedClips,
+    BalancedSampler,
+    ExtractorCollator,
+    SetEpoch,
+    SpectrogramCollator,
+    WaveformCollator,
+)
 from pai_callback import Layer, PAICallback, PAIConfig, PAIError, PAITrainerMixin, choose_layers, probe_layers
 
+COLLATORS = {"spectrograms": SpectrogramCollator, "waveforms": WaveformCollator, "clips": ExtractorCollator}
 CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
 
 
@@ -48,7 +57,7 @@ class DendriticAudioTrainer(PAITrainerMixin, AudioTrainer):
 
 def find_growth(pai: Mapping[str, Any], model: nn.Module, batch: Mapping[str, Any]) -> tuple[PAIConfig, list[Layer]]:
     """The configuration of a `pai` block and the layers of the model that grow, for `preflight`."""
-    callback = PAICallback(pai)
+    callback = PAICallback({"modules": default_dendrites(model)} | pai)
     names = choose_layers(model, callback.config) if callback.grows else []
     return callback.config, probe_layers(model, batch, names)
 
@@ -118,17 +127,20 @@ def train(data: RunData) -> None:
 
 def make_trainer(data: RunData, model: PreTrainedModel) -> AudioTrainer:
     """The trainer of a run, with everything that its recipe asks for."""
-    recipe, args, waveform = data.recipe, data.recipe.training, data.recipe.model.waveform
-    grows = recipe.dendrites.pai is not None
-    callbacks = [SetEpoch()] + [PAICallback(recipe.dendrites.pai)] * grows
+    recipe, args = data.recipe, data.recipe.training
+    grows, callbacks = recipe.dendrites.pai is not None, [SetEpoch()]
+    if grows:
+        callbacks.append(PAICallback({"modules": default_dendrites(model)} | recipe.dendrites.pai))
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     clips = AugmentedClips(data.clips("train"), args.seed)
     return (DendriticAudioTrainer if grows else AudioTrainer)(
         model,
         args,
-        data_collator=(WaveformCollator if waveform else SpectrogramCollator)(
-            num_labels=len(data.labels), **data.extractor.batch_layout, **recipe.augmentation.settings(waveform)
+        data_collator=COLLATORS[data.extractor.input](
+            num_labels=len(data.labels),
+            **data.extractor.batch_layout,
+            **recipe.augmentation.settings(data.extractor.input),
         ),
         train_dataset=clips,
         eval_dataset=data.windows("validation"),

@@ -39,6 +39,16 @@ SCORES = ("accuracy", "macro_f1", "mAP")  # of an evaluation; multi-label clips 
 
 SIZES = ("intermediate_size", "width")  # fields of `model_config` that `match_parameters` sets
 
+# Augmentation that an input does not have. The inputs are log-mel spectrograms, waveforms for a model that computes its
+# spectrogram, and clips for a model that has a feature extractor of its own.
+ALIEN_AUGMENTATION = {
+    "spectrograms": ("gain",),
+    "waveforms": ("filter_gain", "frequency_shift", "roll_padded"),
+    "clips": (
+        "filter_gain", "frequency_shift", "roll_padded", "time_mask", "frequency_mask", "augment_after_norm",
+    ),
+}  # fmt: skip
+
 SEEDS = "[0, 4294967295]"  # NumPy's
 RANGES_OF_TRAINING_ARGUMENTS = {
     "(0, inf)": "adam_epsilon eval_steps num_train_epochs save_steps",
@@ -381,21 +391,22 @@ class AugmentationArguments:
     def __post_init__(self):
         check_values(self)
 
-    def settings(self, waveform: bool) -> dict[str, Any]:
+    def settings(self, input: str) -> dict[str, Any]:
         """The collator's settings.
 
         Args:
-            waveform: Whether the model takes waveforms, not spectrograms.
+            input: What the collator makes batches of: a key of `ALIEN_AUGMENTATION`.
 
         Raises:
-            UserError: A field is set that only the other kind of input has.
+            UserError: A field is set that this kind of input does not have.
         """
-        alien = ("filter_gain", "frequency_shift", "roll_padded") if waveform else ("gain",)
+        alien = ALIEN_AUGMENTATION[input]
         for name in alien:
             if value := getattr(self, name):
+                own = {"time_mask": "mask_time_prob", "frequency_mask": "mask_feature_prob"}.get(name)
+                own = f"; model_config: {own} masks inside the model" if own and input == "clips" else ""
                 raise UserError(
-                    f"{name} must be 0 with waveform: {str(waveform).lower()}, got {value}; it changes "
-                    f"{'spectrograms' if waveform else 'waveforms'} before the model gets them"
+                    f"{name} must be {type(value)()} for this model, got {value}: its batches are made of {input}{own}"
                 )
         return {name: value for name, value in vars(self).items() if name not in alien}
 
@@ -410,7 +421,9 @@ class ModelArguments:
         None, "Family of the network. An ast can also start from a ViT. Default: that of `model`, or ast."
     )
     model: str | None = option(
-        None, "Hub id or folder of a pretrained AST, DeiT, ViT or CNN14. Default: random weights."
+        None,
+        "Hub id or folder of a pretrained AST, DeiT, ViT or CNN14, or of another model that transformers has an audio "
+        "classifier for: wav2vec 2.0, HuBERT, WavLM, Whisper, … Default: random weights.",
     )
     model_revision: str | None = option(None, "Commit, tag or branch of the Hub model.")
     model_config: dict[str, Any] | str | None = option(
@@ -423,6 +436,15 @@ class ModelArguments:
     )
     unfreeze_last_layers: int | None = option(
         None, "Train only the last N layers and the head. Default: all layers.", "[0, inf)"
+    )
+    freeze_stem: bool = option(
+        True, "Keep the convolutions of wav2vec 2.0 and its relatives as they are, as their authors do."
+    )
+    lora: dict[str, Any] | str | None = option(
+        None,
+        "Train low-rank changes of the layers (LoRA or DoRA) and the head: fields of peft.LoraConfig, as JSON on the "
+        "command line: '{\"r\": 8}'. The finished model is a plain one. Default target_modules: all linear layers of "
+        "the blocks.",
     )
     patchout_time: int = option(
         0, "Patchout: number of columns of patches to drop from each training batch.", "[0, inf)"
@@ -450,6 +472,12 @@ class ModelArguments:
         self.match_parameters = _number_of_parameters(self.match_parameters)
         check_values(self)
         self.model_config = _mapping("model_config", self.model_config)
+        self.lora = _mapping("lora", self.lora)
+        if self.lora is not None and self.unfreeze_last_layers is not None:
+            raise UserError(
+                f"unfreeze_last_layers must be left out with lora, which freezes all but the head, got "
+                f"{self.unfreeze_last_layers}"
+            )
         if self.match_parameters is not None and self.model is not None:
             raise UserError(
                 f"match_parameters must not be set together with model, got {self.match_parameters} and "
@@ -699,6 +727,8 @@ class Recipe:
                 "ema_decay must not be set together with pai: a moving average cannot follow a model that grows; use "
                 "average_checkpoints"
             )
+        if self.model.lora is not None and self.dendrites.pai is not None:
+            raise UserError("lora must be left out with pai: dendrites cannot grow on layers that LoRA changes")
         if self.model.match_parameters is not None and self.dendrites.pai is not None:
             raise UserError(
                 f"match_parameters must not be set together with pai, got {self.model.match_parameters}; it sizes a "

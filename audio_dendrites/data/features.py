@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -15,7 +15,7 @@ from datasets import Audio, Features, List, Value
 from datasets.fingerprint import Hasher
 from torch.utils.data import Dataset
 from torchaudio.compliance.kaldi import get_mel_banks
-from transformers import ASTFeatureExtractor, BatchFeature, Wav2Vec2FeatureExtractor
+from transformers import ASTFeatureExtractor, BatchFeature, SequenceFeatureExtractor, Wav2Vec2FeatureExtractor
 
 from audio_dendrites.data.audio import HAS_AV, BadClip, load_waveform, window_samples
 
@@ -35,6 +35,8 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
     """
 
     stored_as = "float16"  # of the features in the cache
+    input = "spectrograms"
+    model_settings: ClassVar[dict[str, Any]] = {}
 
     @property
     def cache_key(self) -> dict[str, Any]:
@@ -154,27 +156,20 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
 
 
 @dataclass(frozen=True)
-class Waveforms:
-    """For a model that computes its spectrogram itself: a clip's features are its samples.
+class Samples:
+    """The features of a clip are its samples. What comes after the cache makes the inputs of the model.
 
     Attributes:
         sampling_rate: In Hz.
         max_length: Frames that the model sees.
-        window_length, hop_length: Samples of a frame, and from one to the next; a window of 0 stands for frames centred
-            on every hop.
-        num_mel_bins: Mel bands of the model's spectrogram.
-        mean, std: Its normalisation.
-        convention: How the model computes it, as in `WaveformConfig`.
+        window_length, hop_length: Samples of a frame, and from one frame to the next. A window of 0 means that frames
+            are centred on every hop.
     """
 
     sampling_rate: int
     max_length: int
     window_length: int
     hop_length: int
-    num_mel_bins: int
-    mean: float
-    std: float
-    convention: str = "kaldi"
     row_width = None
     stored_as = "float16"
 
@@ -188,21 +183,68 @@ class Waveforms:
         """What `windows` has to know of the features."""
         return {name: getattr(self, name) for name in ("max_length", "window_length", "hop_length")}
 
-    @property
-    def batch_layout(self) -> dict[str, Any]:
-        """What `WaveformCollator` has to know of the model's spectrogram."""
-        names = ("max_length", "window_length", "hop_length", "num_mel_bins")
-        return {name: getattr(self, name) for name in names} | {"padding_value": (0.0 - self.mean) / (2 * self.std)}
-
     def features(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """The clips as tensors (samples,), float32."""
         return [torch.from_numpy(waveform) for waveform in waveforms]
+
+
+@dataclass(frozen=True)
+class Waveforms(Samples):
+    """Samples for a model that computes its spectrogram itself.
+
+    Attributes:
+        num_mel_bins: Mel bands of the model's spectrogram.
+        mean, std: Its normalisation.
+        convention: How the model computes it, as in `WaveformConfig`.
+    """
+
+    num_mel_bins: int
+    mean: float
+    std: float
+    convention: str = "kaldi"
+    input = "waveforms"
+    model_settings: ClassVar[dict[str, Any]] = {}
+
+    @property
+    def batch_layout(self) -> dict[str, Any]:
+        """What `WaveformCollator` has to know of the model's spectrogram."""
+        padding = (0.0 - self.mean) / (2 * self.std)
+        return self.window_layout | {"num_mel_bins": self.num_mel_bins, "padding_value": padding}
 
     def stock(self) -> Wav2Vec2FeatureExtractor:
         """The extractor of transformers that only pads, for `pipeline`."""
         return Wav2Vec2FeatureExtractor(
             sampling_rate=self.sampling_rate, do_normalize=False, return_attention_mask=True
         )
+
+
+@dataclass(frozen=True)
+class ExtractorClips(Samples):
+    """Samples for a pretrained encoder with a feature extractor of its own, which computes the inputs of each batch.
+
+    Attributes:
+        extractor: The feature extractor of the pretrained model, unchanged.
+    """
+
+    extractor: SequenceFeatureExtractor
+    input = "clips"
+
+    @property
+    def batch_layout(self) -> dict[str, Any]:
+        """What `ExtractorCollator` has to know."""
+        return self.window_layout | {"extractor": self.extractor}
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """What the configuration of the model needs, so that `pipeline_windows` cuts long clips the same way."""
+        return {"window_frames": self.max_length}
+
+    def stock(self) -> SequenceFeatureExtractor:
+        """The extractor itself."""
+        return self.extractor
+
+
+Inputs = BatchedASTFeatureExtractor | Waveforms | ExtractorClips  # what a model gets of a clip
 
 
 @dataclass(frozen=True)
@@ -293,7 +335,7 @@ def _log_mel_energies(frames: torch.Tensor, sampling_rate: int, num_mel_bins: in
 
 def extract_features(
     clips: datasets.Dataset,
-    extractor: BatchedASTFeatureExtractor | Waveforms | LogMelMoments,
+    extractor: Inputs | LogMelMoments,
     audio_column: str = "audio",
     id_column: str | None = None,
     num_proc: int | None = None,
@@ -365,7 +407,7 @@ def extract_features(
 def _extract_batch(
     clips: pa.Table,
     rows: Sequence[int],
-    extractor: BatchedASTFeatureExtractor | Waveforms | LogMelMoments,
+    extractor: Inputs | LogMelMoments,
     audio_column: str,
     id_column: str | None,
     channel: str,
@@ -453,7 +495,7 @@ class ExactFeatures(Dataset):
         self,
         clips: datasets.Dataset,
         labels: Sequence[int],
-        extractor: BatchedASTFeatureExtractor | Waveforms,
+        extractor: Inputs,
         audio_column: str,
         channel: str = "mean",
     ):

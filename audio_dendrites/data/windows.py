@@ -118,6 +118,9 @@ def pipeline_windows(pipeline: AudioClassificationPipeline, length: int) -> list
         kaldi = config.convention == "kaldi"
         frame = {"window_length": config.window_length if kaldi else 0, "hop_length": config.hop_length}
         max_length = config.max_length
+    elif (frames := getattr(config, "window_frames", None)) is not None:
+        hop = extractor.sampling_rate // 100
+        frame, max_length = {"window_length": hop, "hop_length": hop}, frames
     else:  # takes clips of any length
         return [slice(0, length)]
     return windows(length, max_length, getattr(config, "window_overlap", 0.5), **frame)

@@ -9,13 +9,11 @@ from transformers import (
 )
 
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
-from audio_dendrites.models.dendritic import DendriticASTConfig, DendriticASTForAudioClassification
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
 
 # Here and not in the models' files, whose copies in a model folder transformers registers by itself.
 for config, model, extractor in (
-    (DendriticASTConfig, DendriticASTForAudioClassification, ASTFeatureExtractor),
     (CNN14Config, CNN14ForAudioClassification, ASTFeatureExtractor),
     (MelViTConfig, MelViTForAudioClassification, ASTFeatureExtractor),
     (WaveformConfig, WaveformForAudioClassification, Wav2Vec2FeatureExtractor),

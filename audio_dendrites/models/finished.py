@@ -9,6 +9,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+    AutoConfig,
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
     FeatureExtractionMixin,
@@ -19,6 +21,7 @@ from transformers import (
 import audio_dendrites.models  # noqa: F401  so that transformers loads this project's types as its own classes
 from audio_dendrites.errors import UserError
 from audio_dendrites.files import damaged_file
+from audio_dendrites.models import dendritic
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ def load_finished(name: str | Path, trust_remote_code: bool = False) -> tuple[Pr
             `trust_remote_code` is False.
     """
     name = str(name)
+    _register_dendritic(name)
     if trust_remote_code and (code := own_code(name)):
         logger.warning("%s may run its own code: %s.", name, ", ".join(code))
     try:
@@ -63,6 +67,20 @@ def load_finished(name: str | Path, trust_remote_code: bool = False) -> tuple[Pr
             f"{', '.join(wrong[:3])}. Give a finished model. A checkpoint of a model that grows dendrites is not one"
         )
     return model.requires_grad_(False).eval(), extractor
+
+
+def _register_dendritic(name: str) -> None:
+    """Let transformers load the dendritic form of one of its own models by this project's code, not by the folder's."""
+    try:
+        config = PreTrainedConfig.get_config_dict(name)[0]
+    except (OSError, ValueError):
+        return  # `from_pretrained` says what is wrong
+    stock = str(config.get("model_type")).removeprefix("dendritic-")
+    kinds = {kind.model_type: (kind, model) for kind, model in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING.items()}
+    if f"dendritic-{stock}" == config.get("model_type") and stock in kinds:
+        own_config, own_model = (getattr(dendritic, f"Dendritic{kind.__name__}") for kind in kinds[stock])
+        AutoConfig.register(own_config.model_type, own_config, exist_ok=True)
+        AutoModelForAudioClassification.register(own_config, own_model, exist_ok=True)
 
 
 def loading_error(name: str, error: Exception) -> UserError:

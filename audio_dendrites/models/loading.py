@@ -2,10 +2,8 @@
 
 import dataclasses
 import logging
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -15,129 +13,38 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
-    ASTConfig,
     ASTForAudioClassification,
     AutoConfig,
+    AutoFeatureExtractor,
     PreTrainedConfig,
     PreTrainedModel,
-    ViTConfig,
 )
 from transformers.activations import ACT2FN
 
 from audio_dendrites.data.audio import window_samples
-from audio_dendrites.data.features import BatchedASTFeatureExtractor, Waveforms
+from audio_dendrites.data.features import BatchedASTFeatureExtractor, ExtractorClips, Inputs, Waveforms
 from audio_dendrites.errors import UserError
-from audio_dendrites.models.ast import (
-    IMAGE_MODELS,
-    add_patchout,
-    draw_embeddings,
-    patch_grid,
-    resample_embeddings,
-    weights_of_images,
+from audio_dendrites.models.ast import IMAGE_MODELS, add_patchout
+from audio_dendrites.models.cnn14 import CNN14ForAudioClassification
+from audio_dendrites.models.families import (
+    CLASSIFIER,
+    NEW,
+    Family,
+    family_of,
+    field_names,
+    freeze_all_but_last,
 )
-from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.finished import LOADING_ERRORS, NEEDS_OWN_CODE, load_finished, loading_error
-from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
+from audio_dendrites.models.lora import add_lora
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
 from audio_dendrites.recipes import FeatureArguments, ModelArguments, Recipe, check_range
 
 logger = logging.getLogger(__name__)
 
-HEAD = re.compile(r"(^|\.)classifier(\.|$)")
-BELOW_THE_LAYERS = re.compile(r"(^|\.)(embeddings|bn0|front_end)\.")
-LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 TOLERANCE = 0.02  # of `match_parameters`
 
 
-def _check_halvings(config: CNN14Config, max_length: int) -> None:
-    for field, found in (("num_mel_bins", config.num_mel_bins), ("max_length", max_length)):
-        if found < config.smallest_input:
-            raise UserError(
-                f"{field}: found {found}, wanted at least {config.smallest_input}: CNN14 halves it "
-                f"{config.num_hidden_layers - 1} times"
-            )
-
-
-def _check_backbone(config: WaveformConfig, max_length: int) -> None:
-    wanted = getattr(config.backbone, "max_length", max_length)
-    if wanted != max_length:
-        raise UserError(f"max_length: found {max_length}, wanted {wanted}, which the AST behind the front end takes")
-    if isinstance(config.backbone, CNN14Config):
-        _check_halvings(config.backbone, max_length)
-
-
-def _field_names(config: type[PreTrainedConfig]) -> set[str]:
-    return {field.name for field in dataclasses.fields(config)}
-
-
-@dataclass(frozen=True)
-class Family:
-    """An architecture: its classes, and what sets it apart when it is loaded.
-
-    Attributes:
-        config, model: The classes.
-        starts_from: Model types of the Hub whose weights it takes.
-        input_fields: Fields of its configuration that are the feature extractor's, not the recipe's `model_config`.
-        fixed: Fields that no recipe sets.
-        shape_free: Fields whose change leaves every pretrained weight alone but those that `adapt` fits.
-        check: Raises a UserError where a configuration and a number of frames cannot be.
-        begin: Completes random weights.
-        adapt: Fits pretrained weights to the model's configuration from the one given, the pretrained one.
-        from_images: Weights of the model's base from a model of images and the configuration wanted, where it starts
-            from such models and they are not its own.
-        resize: Gives the fields that set a size, 1, 2, 3, …. A larger size never has fewer parameters.
-    """
-
-    config: type[PreTrainedConfig]
-    model: type[PreTrainedModel]
-    starts_from: tuple[str, ...]
-    input_fields: tuple[str, ...] = ()
-    fixed: frozenset[str] = frozenset({"dendrites"})
-    shape_free: tuple[str, ...] = ()
-    check: Callable[[Any, int], None] = lambda config, max_length: None
-    begin: Callable[[Any], None] = lambda model: None
-    adapt: Callable[[Any, Any], None] = lambda model, pretrained: None
-    from_images: Callable[[Any, Any], dict[str, torch.Tensor]] | None = None
-    resize: Callable[[Any, int], dict[str, Any]] = lambda config, size: {"intermediate_size": size}
-
-
-FAMILIES = {  # a model that two can start from is the first one's, unless the recipe says which
-    "vit": Family(
-        MelViTConfig, MelViTForAudioClassification, starts_from=(MelViTConfig.model_type, ViTConfig.model_type)
-    ),
-    "ast": Family(
-        ASTConfig,
-        ASTForAudioClassification,
-        starts_from=(ASTConfig.model_type, *IMAGE_MODELS),
-        input_fields=("max_length", "num_mel_bins"),
-        shape_free=("frequency_stride", "time_stride", "max_length", "num_mel_bins"),
-        check=lambda config, max_length: patch_grid(config) and None,
-        begin=draw_embeddings,
-        adapt=resample_embeddings,
-        from_images=weights_of_images,
-    ),
-    "cnn14": Family(
-        CNN14Config,
-        CNN14ForAudioClassification,
-        starts_from=(CNN14Config.model_type,),
-        input_fields=("num_mel_bins",),
-        check=_check_halvings,
-        # One size more is one channel more in the last block.
-        resize=lambda config, size: {"width": size / (config.first_channels * 2 ** (config.num_hidden_layers - 1))},
-    ),
-    "waveform": Family(  # saved by this project, with any of the others inside
-        WaveformConfig,
-        WaveformForAudioClassification,
-        starts_from=(WaveformConfig.model_type,),
-        input_fields=("max_length",),
-        fixed=frozenset(_field_names(WaveformConfig)),
-        shape_free=("max_length",),
-        check=_check_backbone,
-    ),
-}
-
-
-def load_extractor(model: ModelArguments, features: FeatureArguments) -> BatchedASTFeatureExtractor | Waveforms:
+def load_extractor(model: ModelArguments, features: FeatureArguments) -> Inputs:
     """The feature extractor of the pretrained model, or ASTFeatureExtractor's defaults, as the recipe changes it.
 
     With `waveform` its settings become those of the model's front end, and the features are the waveforms. A setting
@@ -150,6 +57,8 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Batched
     pretrained = None if model.model is None else _pretrained_config(model)
     if isinstance(pretrained, WaveformConfig):
         return _waveforms_of(model, pretrained, settings)
+    if pretrained is not None and family_of(model.architecture, pretrained, model.model).has_extractor:
+        return _clips_of(model, settings)
     settings = {name: value for name, value in settings.items() if value != "auto"}
     convention = settings.pop("convention", "kaldi")
     if convention == "librosa":
@@ -173,7 +82,7 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Batched
     )  # fmt: skip
 
 
-def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> PreTrainedModel:
+def check_model(recipe: Recipe, extractor: Inputs) -> PreTrainedModel:
     """Find out, before any data is read, whether the model can do what the recipe asks of it.
 
     Returns:
@@ -184,17 +93,17 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
         UserError: As `load_model`, an augmentation needs another kind of input, or the model has no gradient
             checkpointing.
     """
-    recipe.augmentation.settings(recipe.model.waveform)
+    augmentation = recipe.augmentation.settings(extractor.input)
     sizes = {"time_mask": "max_length", "frequency_mask": "num_mel_bins", "frequency_shift": "num_mel_bins"}
     for name, axis in sizes.items():
-        if (value := getattr(recipe.augmentation, name)) > (size := getattr(extractor, axis)):
+        if (value := augmentation.get(name, 0)) > (size := getattr(extractor, axis, 0)):
             raise UserError(f"{name} must be at most {size}, the {axis} of the model's input, got {value}")
     if recipe.model.trainable_filters and not recipe.model.waveform:
-        raise UserError("trainable_filters: found true, but with waveform: false the filters are not in the model")
+        raise UserError("trainable_filters must be false with waveform: false, got true: the model has no filters")
     if recipe.model.trainable_filters and recipe.model.unfreeze_last_layers is not None:
         raise UserError(
-            f"unfreeze_last_layers: found {recipe.model.unfreeze_last_layers}, which freezes the mel filters that "
-            f"trainable_filters: true wants trained"
+            f"unfreeze_last_layers must be left out with trainable_filters: true, got "
+            f"{recipe.model.unfreeze_last_layers}: it freezes the mel filters"
         )
     pretrained = None if recipe.model.model is None else _pretrained_config(recipe.model)
     labels = recipe.data.labels or ["", " "] if pretrained is None else list(pretrained.id2label.values())
@@ -206,7 +115,9 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
     if recipe.augmentation.augment_after_norm and recipe.training.distill_from is not None:
         raise UserError("distill_from must be none with augment_after_norm, which the teacher would not follow")
     if recipe.training.activation_checkpointing and not network.supports_gradient_checkpointing:
-        raise UserError(f"activation_checkpointing: found true, which {type(network).__name__} does not support")
+        raise UserError(
+            f"activation_checkpointing must be false, got true: {type(network).__name__} does not support it"
+        )
     if pretrained is not None:
         load_model(labels, recipe.model, extractor)
     return model.to("meta")
@@ -215,7 +126,7 @@ def check_model(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveform
 def match_parameters(
     labels: Sequence[str],
     arguments: ModelArguments,
-    extractor: BatchedASTFeatureExtractor | Waveforms,
+    extractor: Inputs,
     inexact: bool = False,
 ) -> ModelArguments:
     """Size a model to the number of parameters that `match_parameters` asks for, if it does.
@@ -260,9 +171,7 @@ def match_parameters(
     return resized(size)
 
 
-def load_model(
-    labels: Sequence[str], arguments: ModelArguments, extractor: BatchedASTFeatureExtractor | Waveforms
-) -> PreTrainedModel:
+def load_model(labels: Sequence[str], arguments: ModelArguments, extractor: Inputs) -> PreTrainedModel:
     """A model for these classes and features, with pretrained weights or random ones.
 
     The head is kept where the pretrained classes are the same by name and order, and is new otherwise: of an AST both
@@ -302,7 +211,7 @@ def load_model(
 def load_teacher(
     name: str,
     labels: Sequence[str] | None,
-    extractor: BatchedASTFeatureExtractor | Waveforms,
+    extractor: Inputs,
     loss: str | None,
 ) -> PreTrainedModel:
     """A trained model whose scores another one learns from.
@@ -325,58 +234,19 @@ def load_teacher(
         raise UserError(f"distill_from: {error}") from error
     found = list(teacher.config.id2label.values())
     if labels is not None and found != list(labels):
-        raise UserError(f"distill_from: {name} has the classes {', '.join(found)}, but the recipe {', '.join(labels)}")
+        raise UserError(f"distill_from must have the classes {', '.join(labels)}, got {name} with {', '.join(found)}")
     own = "bce" if teacher.config.problem_type == "multi_label_classification" else "cross_entropy"
     if loss not in (None, own):
-        raise UserError(f"distill_from: {name} was trained with the loss {own}, wanted {loss}, as the recipe")
-    given, wanted = heard.to_dict(), extractor.stock().to_dict()
+        raise UserError(f"distill_from must be a model of the recipe's loss, {loss}, got {name} with {own}")
+    given, own = heard.to_dict(), extractor.stock().to_dict()
     given.pop("auto_map", None)  # names code, which did not run
     if isinstance(teacher.config, WaveformConfig):
         for field in ("max_length", "hop_length", "num_mel_bins"):
-            given[field], wanted[field] = getattr(teacher.config, field), getattr(extractor, field)
-    if other := sorted(field for field in given.keys() | wanted.keys() if given.get(field) != wanted.get(field)):
-        told = "; ".join(f"{field} is {given.get(field)}, wanted {wanted.get(field)}" for field in other)
-        raise UserError(f"distill_from: {name} hears other features than the recipe's: {told}")
+            given[field], own[field] = getattr(teacher.config, field), getattr(extractor, field)
+    if other := sorted(field for field in given.keys() | own.keys() if given.get(field) != own.get(field)):
+        told = "; ".join(f"{field} must be {own.get(field)}, got {given.get(field)}" for field in other)
+        raise UserError(f"distill_from must be a model with the features of the recipe, got {name}: {told}")
     return teacher
-
-
-def learning_rates(
-    model: nn.Module, learning_rate: float, head_learning_rate: float | None = None, layer_decay: float = 1.0
-) -> dict[str, float] | None:
-    """The learning rate of each parameter by name; none where all have the same.
-
-    Layer-wise decay (as in BEiT, Bao et al. 2021, arXiv:2106.08254): what follows the last layer learns at
-    `learning_rate`, each layer below at `layer_decay` times the one above, the head at `head_learning_rate`.
-    """
-    if head_learning_rate is None and layer_decay == 1.0:
-        return None
-    depth = model.config.num_hidden_layers
-    rates = {
-        name: learning_rate * layer_decay ** (depth + 1 - layer_of(name, depth)) for name, _ in model.named_parameters()
-    }
-    head = learning_rate if head_learning_rate is None else head_learning_rate
-    return {name: head if HEAD.search(name) else rate for name, rate in rates.items()}
-
-
-def freeze_all_but_last(model: PreTrainedModel, layers: int) -> None:
-    """Train only the last `layers` layers, what follows them and the head.
-
-    Raises:
-        UserError: The model has fewer layers.
-    """
-    depth = model.config.num_hidden_layers
-    if not 0 <= layers <= depth:
-        raise UserError(f"unfreeze_last_layers: found {layers}, wanted 0 to {depth}, the layers of the model")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(layer_of(name, depth) > depth - layers)
-
-
-def layer_of(parameter: str, depth: int) -> int:
-    """Height of a parameter: 0 below the layers, 1 to depth for them, depth + 1 for what follows and the head."""
-    if BELOW_THE_LAYERS.search(parameter):
-        return 0
-    layer = LAYER.search(parameter)
-    return int(layer[2]) + 1 if layer else depth + 1
 
 
 class _SeededByName(TorchFunctionMode):
@@ -394,9 +264,7 @@ class _SeededByName(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _without_weights(
-    labels: Sequence[str], arguments: ModelArguments, extractor: BatchedASTFeatureExtractor | Waveforms
-) -> PreTrainedModel:
+def _without_weights(labels: Sequence[str], arguments: ModelArguments, extractor: Inputs) -> PreTrainedModel:
     """The model of the arguments on the meta device."""
     family, _, config = _resolve(labels, arguments, extractor)
     with torch.device("meta"):
@@ -404,23 +272,23 @@ def _without_weights(
 
 
 def _resolve(
-    labels: Sequence[str], arguments: ModelArguments, extractor: BatchedASTFeatureExtractor | Waveforms
+    labels: Sequence[str], arguments: ModelArguments, extractor: Inputs
 ) -> tuple[Family, PreTrainedConfig | None, PreTrainedConfig]:
     """The family, the configuration of the pretrained model if there is one, and that of the model wanted."""
     pretrained = None if arguments.model is None else _pretrained_config(arguments)
-    family = _family(arguments, pretrained)
+    family = family_of(arguments.architecture, pretrained, arguments.model)
     settings = dict(arguments.model_config or {})
-    settable = _field_names(family.config) - _field_names(PreTrainedConfig) - {*family.input_fields, *family.fixed}
+    settable = field_names(family.config) - field_names(PreTrainedConfig) - {*family.input_fields, *family.fixed}
     if strangers := sorted(set(settings) - settable):
         own = f" ({' and '.join(family.input_fields)} are fields of the recipe)" if family.input_fields else ""
         raise UserError(
-            f"model_config: found {', '.join(strangers)}, wanted fields of {family.config.__name__}: "
-            f"{', '.join(sorted(settable)) or 'none'}{own}"
+            f"model_config must have fields of {family.config.__name__} only, got {', '.join(strangers)}; the "
+            f"fields are {', '.join(sorted(settable)) or 'none'}{own}"
         )
     settings |= {field: getattr(extractor, field) for field in family.input_fields}
     settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if pretrained is not None:
-        kept = _field_names(family.config) - {"architectures", "dtype", "problem_type"}
+        kept = field_names(family.config) - {"architectures", "dtype", "problem_type"}
         settings = {name: value for name, value in pretrained.to_dict().items() if name in kept} | settings
     if family.config is WaveformConfig:
         settings["trainable_filters"] = arguments.trainable_filters
@@ -455,17 +323,6 @@ def _check_network(settings: Mapping[str, Any], config: PreTrainedConfig) -> Non
         raise UserError(f"model_config: image_size must be at least patch_size, got {image} and {patch}")
 
 
-def _family(arguments: ModelArguments, pretrained: PreTrainedConfig | None) -> Family:
-    if pretrained is None:
-        return FAMILIES[arguments.architecture or "ast"]
-    for name, family in FAMILIES.items():
-        if pretrained.model_type in family.starts_from and arguments.architecture in (None, name):
-            return family
-    wanted = [FAMILIES[arguments.architecture]] if arguments.architecture else FAMILIES.values()
-    types = ", ".join(dict.fromkeys(repr(kind) for family in wanted for kind in family.starts_from))
-    raise UserError(f"model: {arguments.model} is of type {pretrained.model_type!r}, wanted {types}")
-
-
 def _pretrained_config(arguments: ModelArguments) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision, trust_remote_code=False)
@@ -477,24 +334,26 @@ def _with_weights(
     arguments: ModelArguments, family: Family, pretrained: PreTrainedConfig, config: PreTrainedConfig
 ) -> PreTrainedModel:
     """The pretrained model, fitted to another configuration."""
-    name, wanted = arguments.model, {field: getattr(config, field) for field in family.shape_free}
+    name, asked = arguments.model, {field: getattr(config, field) for field in family.shape_free}
     for field in family.shape_free:
         setattr(config, field, getattr(pretrained, field))
     model, loading = _from_pretrained(family.model, arguments, config)
     fresh = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    _refuse(name, {key for key in fresh | set(loading["unexpected_keys"]) if not HEAD.search(key)})
+    parts, prefix = dict(model.base_model.named_children()), f"{model.base_model_prefix}."
+    left = {key for key in loading["unexpected_keys"] if key.removeprefix(prefix).split(".")[0] in parts}
+    _refuse(name, {key for key in fresh | left if not NEW.search(key)})
     if pretrained.id2label != config.id2label:
         logger.info(
             "New head for %d classes; %s was trained on %d others.", config.num_labels, name, pretrained.num_labels
         )
         for key, module in list(model.named_modules()):
-            if HEAD.search(key) and isinstance(module, nn.LayerNorm):
+            if CLASSIFIER.search(key) and isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-            elif HEAD.search(key) and type(module) is nn.Linear:
+            elif CLASSIFIER.search(key) and type(module) is nn.Linear:
                 # A new layer, because transformers never initialises a tensor again that it has loaded.
-                model.set_submodule(key, nn.Linear(config.hidden_size, config.num_labels))
+                model.set_submodule(key, nn.Linear(module.in_features, config.num_labels))
                 model._init_weights(model.get_submodule(key))
-    for field, value in wanted.items():
+    for field, value in asked.items():
         setattr(model.config, field, value)
     family.adapt(model, pretrained)
     return model
@@ -507,10 +366,10 @@ def _with_weights_of_images(
     kind = IMAGE_MODELS[pretrained.model_type]
     images, loading = _from_pretrained(kind, arguments, pretrained, add_pooling_layer=False)
     weights, model = family.from_images(images, config), family.model(config)
-    found, wanted = (
+    found, needed = (
         {(key, tensor.shape) for key, tensor in part.items()} for part in (weights, model.base_model.state_dict())
     )
-    _refuse(arguments.model, {*loading["missing_keys"], *(key for key, _ in found ^ wanted)})
+    _refuse(arguments.model, {*loading["missing_keys"], *(key for key, _ in found ^ needed)})
     model.base_model.load_state_dict(weights)
     return model
 
@@ -518,7 +377,7 @@ def _with_weights_of_images(
 def _from_pretrained(
     model: type[PreTrainedModel], arguments: ModelArguments, config: PreTrainedConfig, **settings: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, float32, and which of its tensors the pretrained one lacks, has beyond it, or has otherwise."""
+    """The model, float32, and the names of tensors that are missing, unexpected, or of another shape."""
     try:
         return model.from_pretrained(
             arguments.model, config=config, revision=arguments.model_revision, dtype=torch.float32,
@@ -531,22 +390,23 @@ def _from_pretrained(
 def _refuse(name: str, lost: set[str]) -> None:
     if lost:
         raise UserError(
-            f"model: {name} and the recipe's model_config differ in {', '.join(sorted(lost)[:5])} ({len(lost)} tensors)"
+            f"model: {name} does not fit the recipe's model_config. They differ in "
+            f"{', '.join(sorted(lost)[:5])} ({len(lost)} tensors)"
         )
 
 
 def _waveforms_of(model: ModelArguments, pretrained: WaveformConfig, settings: dict[str, Any]) -> Waveforms:
     """What a saved model with a front end gets; of the recipe's settings only `max_length` may differ from its own."""
     if not model.waveform:
-        raise UserError(f"waveform: found false, but the model {model.model} takes waveforms: wanted true")
+        raise UserError(f"waveform must be true for {model.model}, which takes waveforms, got false")
     for name, value in settings.items():
         if name != "max_length" and value != getattr(pretrained, name):
             raise UserError(
-                f"{name}: found {value}, wanted {getattr(pretrained, name)}, which the front end of {model.model} has"
+                f"{name} must be {getattr(pretrained, name)}, as in the front end of {model.model}, got {value}"
             )
     max_length = settings.get("max_length", pretrained.max_length)
     if max_length is None:
-        raise UserError(f"max_length: found none, wanted a number of frames; {model.model} takes any")
+        raise UserError(f"max_length must be set to a number of frames, got null; {model.model} takes any")
     return Waveforms(
         max_length=max_length,
         window_length=pretrained.window_length if pretrained.convention == "kaldi" else 0,
@@ -555,6 +415,31 @@ def _waveforms_of(model: ModelArguments, pretrained: WaveformConfig, settings: d
             for name in ("sampling_rate", "hop_length", "num_mel_bins", "mean", "std", "convention")
         },
     )
+
+
+def _clips_of(model: ModelArguments, settings: dict[str, Any]) -> ExtractorClips:
+    """The feature extractor of a pretrained encoder. A recipe only says how long its clips are.
+
+    Raises:
+        UserError: The recipe sets something else, or the model has no feature extractor.
+    """
+    if model.waveform:
+        raise UserError(f"waveform must be false, got true: {model.model} has a feature extractor of its own")
+    try:
+        extractor = AutoFeatureExtractor.from_pretrained(
+            model.model, revision=model.model_revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _not_found(model, error) from error
+    rate, most = extractor.sampling_rate, 100 * getattr(extractor, "chunk_length", 10)
+    own = {"sampling_rate": rate, "max_length": settings.get("max_length", most)}
+    if other := {name: value for name, value in settings.items() if own.get(name) != value}:
+        name, value = next(iter(other.items()))
+        raise UserError(
+            f"{name} must be {own.get(name, 'left out')}, as {model.model} was trained, got {value}: its feature "
+            f"extractor decides"
+        )
+    return ExtractorClips(rate, own["max_length"], rate // 100, rate // 100, extractor)
 
 
 def _behind_front_end(model: PreTrainedModel, arguments: ModelArguments, waveforms: Waveforms) -> PreTrainedModel:
@@ -574,16 +459,14 @@ def _behind_front_end(model: PreTrainedModel, arguments: ModelArguments, wavefor
     return whole
 
 
-def _set_up(
-    model: PreTrainedModel, arguments: ModelArguments, extractor: BatchedASTFeatureExtractor | Waveforms
-) -> PreTrainedModel:
+def _set_up(model: PreTrainedModel, arguments: ModelArguments, extractor: Inputs) -> PreTrainedModel:
     """Attention, front end and frozen layers, as the recipe says."""
     if arguments.attn_implementation is not None:
         network = getattr(model, "backbone", model)
         if not network._supports_sdpa:
             raise UserError(
-                f"attn_implementation: found {arguments.attn_implementation}, but {type(network).__name__} has no "
-                "attention: leave it out"
+                f"attn_implementation must be left out, got {arguments.attn_implementation}: {type(network).__name__} "
+                f"has no choice of attention"
             )
         try:
             network.set_attn_implementation(arguments.attn_implementation)
@@ -593,13 +476,17 @@ def _set_up(
         network = getattr(model, "backbone", model)
         if not isinstance(network, ASTForAudioClassification):
             raise UserError(
-                f"patchout_frequency, patchout_time: drop patches of an AST, and this is a {type(network).__name__}"
+                f"patchout_frequency and patchout_time must be 0 for {type(network).__name__}: they drop patches of AST"
             )
         add_patchout(network, arguments.patchout_frequency, arguments.patchout_time)
     if arguments.waveform and not isinstance(model, WaveformForAudioClassification):
         model = _behind_front_end(model, arguments, extractor)
+    if arguments.freeze_stem and hasattr(model, "freeze_feature_encoder"):
+        model.freeze_feature_encoder()
     if arguments.unfreeze_last_layers is not None:
         freeze_all_but_last(model, arguments.unfreeze_last_layers)
+    if arguments.lora is not None:
+        add_lora(model, arguments.lora)
     return model
 
 

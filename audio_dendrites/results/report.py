@@ -130,6 +130,7 @@ def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[s
         "teacher": recipe.training.distill_from,
     }
     parameters = list(trainer.model.parameters())
+    low_rank = sum(parameter.numel() for name, parameter in trainer.model.named_parameters() if "lora_" in name)
     config = trainer.model.config
     weights = getattr(trainer, "class_weights", None)
     grower = getattr(trainer, "pai_callback", None)  # counts what the model computes with, without scaffolding
@@ -143,7 +144,7 @@ def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[s
         "class_weights": None if weights is None else dict(zip(labels, weights.tolist(), strict=True)),
         "parameters": grower.parameters(trainer.model)
         if grower is not None and grower.active
-        else sum(parameter.numel() for parameter in parameters),
+        else sum(parameter.numel() for parameter in parameters) - low_rank,  # which the finished model has merged
         "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "dendrites": grower.summary(trainer.model) if grower is not None and grower.active else None,
         "precision": recipe.training.precision,

@@ -12,10 +12,9 @@ from pandas import DataFrame
 
 from audio_dendrites.data.clips import load_clips
 from audio_dendrites.data.features import (
-    BatchedASTFeatureExtractor,
     ClipFeatures,
     ExactFeatures,
-    Waveforms,
+    Inputs,
     extract_features,
     feature_lengths,
 )
@@ -45,7 +44,7 @@ class RunData:
     """
 
     recipe: Recipe
-    extractor: BatchedASTFeatureExtractor | Waveforms
+    extractor: Inputs
     sound: datasets.Dataset
     index: DataFrame
     features: datasets.Dataset
@@ -59,7 +58,7 @@ class RunData:
         """Fields of the model's configuration that tell `pipeline` how to score clips."""
         args = self.recipe.training
         settings = {"window_overlap": args.window_overlap, "window_aggregation": args.window_aggregation}
-        settings |= {"channel": self.recipe.data.channel}  # for predict.py
+        settings |= {"channel": self.recipe.data.channel} | self.extractor.model_settings  # for predict.py
         return settings | ({"problem_type": "multi_label_classification"} if self.loss == "bce" else {})
 
     def targets(self, split: str) -> np.ndarray:

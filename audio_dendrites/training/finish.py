@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from audio_dendrites.files import set_default_mode, writing_to
+from audio_dendrites.models.lora import merged
 from audio_dendrites.publishing.card import write_card
 from audio_dendrites.publishing.check import check_pipeline
 from audio_dendrites.results.dendrites import measure_use
@@ -35,7 +36,7 @@ def finish(trainer: AudioTrainer, data: RunData, card_template: Path) -> None:
         return
     with writing_to(folder):
         with TemporaryDirectory(dir=folder, prefix=".model-") as beside:  # no half-written model replaces a whole one
-            trainer.model.save_pretrained(beside)  # with dendrites in the form that needs no perforatedai
+            merged(trainer.model).save_pretrained(beside)  # with dendrites in the form that needs no perforatedai
             trainer.processing_class.save_pretrained(beside)
             set_default_mode(*Path(beside).iterdir())
             for path in Path(beside).iterdir():

@@ -6,12 +6,13 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer, get_scheduler
 
-from audio_dendrites.data.features import BatchedASTFeatureExtractor, Waveforms
+from audio_dendrites.data.features import ExtractorClips, Inputs
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.loading import check_model, load_extractor, load_teacher
 from audio_dendrites.models.waveform import WaveformForAudioClassification
@@ -97,20 +98,32 @@ def _check_model(recipe: Recipe, find_growth: FindGrowth) -> PreTrainedModel:
         load_teacher(args.distill_from, recipe.data.labels, extractor, None if args.loss == "auto" else args.loss)
     if args.early_stopping_patience is not None and (args.eval_strategy == "no" or args.metric_for_best_model is None):
         raise UserError("early_stopping_patience needs an eval_strategy other than no, and a metric_for_best_model")
-    config, layers = (None, []) if pai is None else find_growth(pai, model, two_clips(model, extractor))
+    batch = two_clips(model, extractor)
+    if isinstance(extractor, ExtractorClips):
+        try:
+            model.eval()(**batch)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"model: {recipe.model.model} cannot take clips of its feature extractor: {error}"
+            ) from error
+    config, layers = (None, []) if pai is None else find_growth(pai, model, batch)
     if layers:
         _check_growth(args, config)
     _check_optimizer(args, model, grows=bool(layers))
     return model
 
 
-def two_clips(model: PreTrainedModel, extractor: BatchedASTFeatureExtractor | Waveforms) -> dict[str, torch.Tensor]:
+def two_clips(model: PreTrainedModel, extractor: Inputs) -> dict[str, torch.Tensor]:
     """A batch of two clips of the length that the model sees, on the meta device.
 
     Args:
         model: On the meta device. Its front end, if it has one, is made to give spectrograms there.
         extractor: What computes the model's features.
     """
+    if isinstance(extractor, ExtractorClips):
+        noise = np.random.default_rng(0).standard_normal((2, extractor.max_length * extractor.hop_length), np.float32)
+        inputs = extractor.stock()(list(noise), sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        return {model.main_input_name: inputs[model.main_input_name].to("meta")}
     spectrograms = torch.empty(2, extractor.max_length, extractor.num_mel_bins, device="meta")
     if not isinstance(model, WaveformForAudioClassification):
         return {"input_values": spectrograms}

@@ -24,6 +24,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from audio_dendrites.data.windows import ClipWindows
 from audio_dendrites.files import set_default_mode, writing_to
+from audio_dendrites.models.lora import merged
 from audio_dendrites.publishing import hub
 from audio_dendrites.publishing.card import model_card
 from audio_dendrites.publishing.content import code_files, stage_checkpoints, without_paths_of
@@ -190,8 +191,13 @@ class AudioTrainer(Trainer):
     def predict_in_fp32(self, dataset: Dataset, metric_key_prefix: str) -> PredictionOutput:
         """`predict` without autocast and TF32, so that the scores are those that `pipeline` gives."""
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        batch_size = self.args.per_device_eval_batch_size
+        if getattr(self.data_collator, "pads_to_longest", False):
+            self.args.per_device_eval_batch_size = 1  # `pipeline` does not pad
         with without_tf32():
-            return self.predict(dataset, metric_key_prefix=metric_key_prefix)
+            output = self.predict(dataset, metric_key_prefix=metric_key_prefix)
+        self.args.per_device_eval_batch_size = batch_size
+        return output
 
     def end_tracking(self) -> None:
         """Close the run of W&B and Trackio, so that the next training in this process gets its own.
@@ -314,7 +320,7 @@ class AudioTrainer(Trainer):
     def _stage_checkpoint(self, checkpoint: Path, folder: Path) -> None:
         """Write the model as `pipeline` loads it, its card and, for `hub_strategy: checkpoint`, the checkpoint."""
         with self._averaged():
-            self.model.save_pretrained(folder)
+            merged(self.model).save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         metrics, recipe = without_paths_of(running_metrics(self.recipe, self), self.recipe.to_dict())
         card = model_card(metrics, recipe, self.card_template, self.args.hub_model_id, set(code_files(folder)))

@@ -1,0 +1,249 @@
+"""Every audio classifier of transformers from a checkpoint: batches, training, dendrites, LoRA, and `pipeline`."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TONES, write_tones
+from pandas import read_parquet
+from safetensors.torch import load_file
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+    AutoFeatureExtractor,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForPreTraining,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    pipeline,
+)
+
+import train
+from audio_dendrites.data.features import ExtractorClips
+from audio_dendrites.data.windows import classify
+from audio_dendrites.errors import UserError
+from audio_dendrites.models.families import default_dendrites, layer_of
+from audio_dendrites.models.finished import load_finished
+from audio_dendrites.models.loading import load_extractor, load_model
+from audio_dendrites.models.lora import merged
+from audio_dendrites.recipes import parse_recipe
+from data_collator import AugmentedClips, ExtractorCollator
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+RAW = TINY | {
+    "conv_dim": (8, 8, 8), "conv_stride": (10, 8, 4), "conv_kernel": (10, 8, 4), "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8,
+    "mask_time_length": 2, "initializer_range": 0.2,
+}  # fmt: skip
+FAMILIES = {kind: RAW for kind in ("wav2vec2", "hubert", "wavlm", "unispeech-sat", "data2vec-audio")}
+FAMILIES |= {"unispeech": RAW | {"num_ctc_classes": 4}, "wav2vec2-conformer": RAW}
+FAMILIES |= {"sew": RAW, "sew-d": RAW | {"position_buckets": 8, "max_position_embeddings": 64}}
+FAMILIES["wav2vec2-bert"] = TINY | {
+    "classifier_proj_size": 8, "output_hidden_size": 16, "conv_depthwise_kernel_size": 3, "initializer_range": 0.2,
+}  # fmt: skip
+FAMILIES["whisper"] = {
+    "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_layers": 1,
+    "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "max_source_positions": 50, "classifier_proj_size": 8,
+    "vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "init_std": 0.2,
+}  # fmt: skip
+EXTRACTORS = {
+    "wav2vec2-bert": SeamlessM4TFeatureExtractor(),
+    "whisper": WhisperFeatureExtractor(chunk_length=1),
+    # base models normalise over time and were trained without masks
+    "wav2vec2": Wav2Vec2FeatureExtractor(return_attention_mask=False),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the data set `tones.parquet` and, made when asked for, a checkpoint of each type."""
+    folder = tmp_path_factory.mktemp("encoders")
+    write_tones(folder / "tones.parquet")
+    return folder
+
+
+def checkpoint(home, kind, labels=("high", "low")):
+    """The folder of a small checkpoint with random weights, as transformers saves it."""
+    folder = home / kind
+    if not folder.exists():
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[kind](**FAMILIES[kind], id2label=dict(enumerate(labels)))
+        MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING[type(config)](config).save_pretrained(folder)
+        EXTRACTORS.get(kind, Wav2Vec2FeatureExtractor(return_attention_mask=True)).save_pretrained(folder)
+    return folder
+
+
+def recipe(home, kind, name, **fields):
+    """A recipe for the tones; `fields` are YAML's. Windows of 0.5 s cut some clips."""
+    values = TONES | {
+        "dataset": str(home / "tones.parquet"), "model": str(checkpoint(home, kind)), "max_length": 50,
+        "output_dir": str(home / name), "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2,
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "precision": "fp32",
+        "report_to": "none", "preprocessing_num_workers": 1,
+    } | fields  # fmt: skip
+    words = [[f"--{key}", *(value if isinstance(value, list) else [value])] for key, value in values.items()]
+    return parse_recipe([json.dumps(w) if isinstance(w, dict) else str(w) for option in words for w in option])
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_encoder_grows_dendrites_resumes_to_the_bit_and_loads_by_pipeline(home, kind):
+    pai = {"first_growth": 0.25, "top_learning_rate": 100}
+    whole = recipe(home, kind, f"{kind}-whole", pai=pai, noise=0.1, time_roll=5, mixup_alpha=0.5, save_total_limit=9)
+    train.main(whole)
+    folder = home / f"{kind}-whole"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    grown = set(metrics["dendrites"]["layers"])
+    assert {"projector", "classifier"} < grown and not any("attention" in name or "attn" in name for name in grown)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == f"dendritic-{kind}"
+
+    predictions = read_parquet(folder / "predictions.parquet")
+    model, extractor = load_finished(folder)
+    loaded = pipeline("audio-classification", model=model, feature_extractor=extractor)
+    sounds = train.load_data([whole])[whole.training.output_dir].windows("test", exact=True).examples
+    for row, logits in enumerate(predictions["logits"]):
+        assert np.abs(classify(loaded, sounds[row]["input_values"].numpy()) - logits).max() < 1e-4
+
+    again = recipe(
+        home, kind, f"{kind}-again", pai=pai, noise=0.1, time_roll=5, mixup_alpha=0.5,
+        resume_from_checkpoint=folder / "checkpoint-2",
+    )  # fmt: skip
+    data = train.load_data([again])[again.training.output_dir]
+    train.set_seed(0)
+    trainer = train.make_trainer(data, load_model(data.labels, again.model, data.extractor))
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    finished, resumed = (weights(home / f"{kind}-{name}" / "checkpoint-4") for name in ("whole", "again"))
+    assert finished.keys() == resumed.keys() and all(torch.equal(finished[key], resumed[key]) for key in finished)
+
+
+@pytest.mark.parametrize("settings", [{"r": 2}, {"r": 2, "use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+def test_lora_trains_few_weights_and_leaves_a_plain_model(home, kind, settings):
+    name = f"{kind}-{'dora' if 'use_dora' in settings else 'lora'}"
+    run = recipe(home, kind, name, lora=settings, save_total_limit=9)
+    train.main(run)
+    metrics = json.loads((home / name / "metrics.json").read_text())
+    plain = weights(checkpoint(home, kind))
+    finished = weights(home / name)
+    assert (
+        finished.keys() == plain.keys() and json.loads((home / name / "config.json").read_text())["model_type"] == kind
+    )
+    changed = {key for key in plain if not torch.equal(plain[key], finished[key])}
+    linear = {key for key in plain if "layers." in key and key.endswith("weight") and plain[key].dim() == 2}
+    assert linear <= changed and all(key in linear or key.startswith(("projector", "classifier")) for key in changed)
+    assert metrics["parameters"] == sum(tensor.numel() for tensor in plain.values())
+    assert metrics["trained_parameters"] < metrics["parameters"] / 2
+
+    data = train.load_data([replace(run)])[run.training.output_dir]
+    train.set_seed(0)
+    trainer = train.make_trainer(data, load_model(data.labels, run.model, data.extractor))
+    trainer.args.output_dir = str(home / f"{name}-again")
+    trainer.train(resume_from_checkpoint=str(home / name / "checkpoint-2"))
+    one, other = (weights(home / folder / "checkpoint-4") for folder in (name, f"{name}-again"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    batch = data.windows("test", exact=True)
+    inputs = trainer.data_collator([batch[0]])
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        difference = trainer.model.eval()(**inputs).logits - merged(trainer.model)(**inputs).logits
+    assert len(labels) == 1 and difference.abs().max() < 1e-5
+
+
+def test_the_extractor_makes_the_inputs_of_augmented_and_of_plain_batches(home):
+    run = recipe(home, "wav2vec2", "batches")
+    clips = load_extractor(run.model, run.features)
+    assert isinstance(clips, ExtractorClips) and clips.cache_key == {"waveforms": True, "sampling_rate": 16000}
+    collator = ExtractorCollator(num_labels=2, noise=0.1, time_roll=9, **clips.batch_layout)
+    sounds = [{"input_values": torch.randn(size), "labels": 0} for size in (4000, 9000)]
+    stock = AutoFeatureExtractor.from_pretrained(run.model.model)
+    expected = stock([sounds[0]["input_values"].numpy(), sounds[1]["input_values"][:8000].numpy()], 16000, padding=True)
+    found = collator(sounds)
+    assert torch.equal(found["input_values"], torch.tensor(np.stack(expected["input_values"])))
+    augmented = [AugmentedClips(sounds, seed=0)[row] for row in range(2)]
+    first, second = collator(augmented), collator(augmented)
+    assert torch.equal(first["input_values"], second["input_values"])
+    assert first["input_values"].shape == (2, 8000) and not torch.equal(first["input_values"], found["input_values"])
+    assert not first["input_values"][0, 4000:].any() and first["input_values"][0, :4000].all()
+
+
+def test_pretraining_checkpoints_get_a_new_head_and_lose_what_is_not_of_the_encoder(home):
+    raw = Wav2Vec2Config(**RAW, num_codevectors_per_group=4, codevector_dim=8, proj_codevector_dim=8)
+    whisper = WhisperConfig(**FAMILIES["whisper"])
+    for name, model in (("raw", Wav2Vec2ForPreTraining(raw)), ("sequences", WhisperForConditionalGeneration(whisper))):
+        model.save_pretrained(home / name)
+    Wav2Vec2FeatureExtractor().save_pretrained(home / "raw")
+    EXTRACTORS["whisper"].save_pretrained(home / "sequences")
+    for name, layer in (("raw", "wav2vec2.encoder.layers.1."), ("sequences", "encoder.layers.1.")):
+        run = recipe(home, "wav2vec2", "unused", model=home / name)
+        model = load_model(["a", "b", "c"], run.model, load_extractor(run.model, run.features))
+        stored = {key.removeprefix("model."): tensor for key, tensor in weights(home / name).items()}
+        own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(layer)}
+        assert own and all(torch.equal(tensor, stored[key]) for key, tensor in own.items())
+        assert model.classifier.out_features == 3
+    with pytest.raises(UserError, match=r"model_config\. They differ in wav2vec2\.encoder\.layers\.1"):
+        run = recipe(home, "wav2vec2", "unused", model=home / "raw", model_config={"num_hidden_layers": 1})
+        load_model(["a", "b"], run.model, load_extractor(run.model, run.features))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_stem_blocks_and_head_are_known_in_every_family(home, kind):
+    run = recipe(home, kind, "unused", unfreeze_last_layers=1)
+    model = load_model(["high", "low"], run.model, load_extractor(run.model, run.features))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {"classifier.weight", "projector.weight"} < trained
+    assert not any(word in name for name in trained for word in ("layers.0.", "conv_layers", "embed", "feature_proj"))
+    assert any("layers.1." in name for name in trained)
+    names = [name for name, _ in model.named_parameters()]
+    assert {layer_of(name, 2) for name in names} == {0, 1, 2, 3}
+    assert [name for name in default_dendrites(model) if "layers.1." in name]
+
+    run = recipe(home, kind, "unused")
+    model = load_model(["high", "low"], run.model, load_extractor(run.model, run.features))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert all("feature_extractor" in name or "embed_positions" in name for name in frozen)
+    assert bool(frozen) == (kind != "wav2vec2-bert")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sampling_rate": 32000}, "sampling_rate must be 16000, as .* was trained, got 32000"),
+        ({"num_mel_bins": 64}, "num_mel_bins must be left out, as .* was trained, got 64"),
+        ({"mean": "auto"}, "mean must be left out"),
+        ({"waveform": True}, "waveform must be false, got true: .* feature extractor of its own"),
+        ({"architecture": "ast"}, "model must be of one of the types audio-spectrogram-transformer.*'wav2vec2'"),
+        ({"time_mask": 10}, "time_mask must be 0 .* got 10: .* clips; model_config: mask_time_prob"),
+        ({"filter_gain": 0.1}, "filter_gain must be 0.0 for this model"),
+        ({"max_length": 1}, "does not fit its feature extractor"),
+        ({"lora": {"rank": 8}}, "lora: .*rank"),
+        ({"lora": {"target_modules": "nothing"}}, "lora: .*nothing"),
+        ({"lora": {"r": 2}, "pai": {}}, "lora must be left out with pai"),
+        ({"lora": {"r": 2}, "unfreeze_last_layers": 1}, "unfreeze_last_layers must be left out with lora"),
+    ],
+)
+def test_what_an_encoder_cannot_do_is_an_error_before_data_are_read(home, fields, message):
+    with pytest.raises(UserError, match=message):
+        train.main(recipe(home, "wav2vec2", "refused", **fields | {"dataset": str(home / "not-there.parquet")}))
+
+
+def test_a_model_of_another_task_or_without_extractor_is_an_error(home):
+    run = recipe(home, "wav2vec2", "refused", model=str(home / "bert"))
+    CONFIG_MAPPING["bert"](**TINY).save_pretrained(home / "bert")
+    with pytest.raises(UserError, match=r"types mel-vit, .*wav2vec2.*, got .*bert, which is of type 'bert'"):
+        train.main(run)
+    checkpoint(home, "hubert")
+    (home / "bare").mkdir()
+    for path in (home / "hubert").glob("*"):
+        if path.name != "preprocessor_config.json":
+            (home / "bare" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="bare .*preprocessor_config"):
+        train.main(replace(run, model=replace(run.model, model=str(home / "bare"))))
