@@ -27,7 +27,7 @@ from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClas
 CLASSIFIER = re.compile(r"(^|\.)classifier(\.|$)")  # new for other classes
 HEAD = re.compile(r"(^|\.)(classifier|projector|layer_weights)(\.|$)")
 STEM = re.compile(
-    r"(^|\.)(embeddings|bn0|front_end|feature_extractor|feature_projection|masked_spec_embed|pos_conv_embed)(\.|$)"
+    r"(^|\.)((rel_)?embeddings|bn0|front_end|feature_extractor|feature_projection|masked_spec_embed|pos_conv_embed)(\.|$)"
     r"|(^|\.)encoder\.(conv[12]|embed_positions)\."
 )
 LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")

@@ -86,7 +86,8 @@ def check_model(recipe: Recipe, extractor: Inputs) -> PreTrainedModel:
     """Find out, before any data is read, whether the model can do what the recipe asks of it.
 
     Returns:
-        The model on the meta device, that is without weights. Its classes are those of the pretrained model or of the
+        The model on the meta device, that is without weights, or on the CPU if it has a feature extractor.
+        Its classes are those of the pretrained model or of the
         recipe; they are two if neither lists them.
 
     Raises:
@@ -119,8 +120,9 @@ def check_model(recipe: Recipe, extractor: Inputs) -> PreTrainedModel:
             f"activation_checkpointing must be false, got true: {type(network).__name__} does not support it"
         )
     if pretrained is not None:
-        load_model(labels, recipe.model, extractor)
-    return model.to("meta")
+        whole = load_model(labels, recipe.model, extractor)
+        model = whole if isinstance(extractor, ExtractorClips) else model  # not all of them run on the meta device
+    return model
 
 
 def match_parameters(

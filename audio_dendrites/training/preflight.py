@@ -101,7 +101,8 @@ def _check_model(recipe: Recipe, find_growth: FindGrowth) -> PreTrainedModel:
     batch = two_clips(model, extractor)
     if isinstance(extractor, ExtractorClips):
         try:
-            model.eval()(**batch)
+            with torch.no_grad():
+                model.eval()(**batch)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"model: {recipe.model.model} cannot take clips of its feature extractor: {error}"
@@ -110,20 +111,20 @@ def _check_model(recipe: Recipe, find_growth: FindGrowth) -> PreTrainedModel:
     if layers:
         _check_growth(args, config)
     _check_optimizer(args, model, grows=bool(layers))
-    return model
+    return model.to("meta")
 
 
 def two_clips(model: PreTrainedModel, extractor: Inputs) -> dict[str, torch.Tensor]:
-    """A batch of two clips of the length that the model sees, on the meta device.
+    """A batch of two clips of the length that the model sees, on its device.
 
     Args:
-        model: On the meta device. Its front end, if it has one, is made to give spectrograms there.
+        model: As `check_model` returns it. Its front end, if it has one, is made to give spectrograms there.
         extractor: What computes the model's features.
     """
     if isinstance(extractor, ExtractorClips):
         noise = np.random.default_rng(0).standard_normal((2, extractor.max_length * extractor.hop_length), np.float32)
         inputs = extractor.stock()(list(noise), sampling_rate=extractor.sampling_rate, return_tensors="pt")
-        return {model.main_input_name: inputs[model.main_input_name].to("meta")}
+        return {model.main_input_name: inputs[model.main_input_name]}
     spectrograms = torch.empty(2, extractor.max_length, extractor.num_mel_bins, device="meta")
     if not isinstance(model, WaveformForAudioClassification):
         return {"input_values": spectrograms}
