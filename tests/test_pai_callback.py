@@ -39,6 +39,7 @@ from transformers import (
 
 import pai_callback
 import train
+from audio_dendrites.models.dendritic import perforated_layers, structure_of
 from audio_dendrites.recipes import parse_recipe, read_yaml
 from audio_dendrites.results.dendrites import measure_use, use_sentence
 from audio_dendrites.training.trainer import AudioTrainer
@@ -50,8 +51,6 @@ from pai_callback import (
     PAITrainer,
     PAITrainerMixin,
     choose_layers,
-    perforated_layers,
-    structure_of,
 )
 
 pytest.importorskip("perforatedai", reason="perforatedai has no wheel for this Python; 3.11 and 3.12 have one")
@@ -328,7 +327,7 @@ def test_what_names_no_layer_is_an_error_with_near_matches(modules, message):
         ({"last_growth": "1.5e0"}, r"last_growth must be in \(0, 1\], got 1.5"),  # YAML reads 1e-4 as a text
         (
             {"max_dendrites": 6},
-            r"max_dendrites times first_growth must be at most last_growth \(0.5\), got 6 times 0.1",
+            r"max_dendrites times first_growth must be at most last_growth, got 6 times 0.1, last_growth 0.5",
         ),
         ({"preset": "vendor"}, "preset must be perforatedai, got 'vendor'"),
     ],

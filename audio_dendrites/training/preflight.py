@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 
 from audio_dendrites.data.features import BatchedASTFeatureExtractor, Waveforms
 from audio_dendrites.errors import UserError
+from audio_dendrites.models.dendritic import growth_fault
 from audio_dendrites.models.loading import check_model, load_extractor, load_teacher
 from audio_dendrites.models.waveform import WaveformForAudioClassification
 from audio_dendrites.publishing import hub
@@ -175,7 +176,7 @@ def _check_optimizer(args: RunArguments, model: PreTrainedModel, grows: bool) ->
     Raises:
         UserError: One of them cannot be made, or the optimizer cannot take new parameters.
     """
-    first, joining = (nn.Parameter(torch.ones(2, 2, device=args.device)) for _ in range(2))
+    first = nn.Parameter(torch.ones(2, 2, device=args.device))
     try:
         get_scheduler(args.lr_scheduler_type, torch.optim.SGD([first]), 0, 1, args.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
@@ -187,14 +188,7 @@ def _check_optimizer(args: RunArguments, model: PreTrainedModel, grows: bool) ->
     if not grows:
         return
     try:
-        optimizer = kind([first], **settings | {"lr": 1.0})
-        getattr(optimizer, "train", bool)()  # a schedule-free optimizer steps in this mode only
-        for parameters in ([first], [first, joining]):
-            optimizer.param_groups[0]["params"] = parameters
-            for parameter in parameters:
-                parameter.grad = torch.ones_like(parameter)
-            optimizer.step()
-        reason = "they stay as they are" if (joining == 1).all() else None
+        reason = growth_fault(kind([first], **settings | {"lr": 1.0}))
     except Exception as error:  # whatever the library of the optimizer raises
         reason = repr(error)
     if reason is not None:
