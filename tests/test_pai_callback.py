@@ -33,14 +33,12 @@ import train
 from audio_dendrites.models.dendritic import perforated_layers, structure_of
 from audio_dendrites.recipes import parse_recipe, read_yaml
 from audio_dendrites.results.dendrites import measure_use, use_sentence
-from audio_dendrites.training.trainer import AudioTrainer
 from pai_callback import (
     STATE_FILE,
     PAICallback,
     PAIConfig,
     PAIError,
     PAITrainer,
-    PAITrainerMixin,
     choose_layers,
 )
 
@@ -249,21 +247,6 @@ def test_layers_are_chosen_by_name_from_the_end_or_by_class():
 
 
 @pytest.mark.parametrize(
-    ("modules", "message"),
-    [
-        (["classifier.dens"], r"got 'classifier.dens' .did you mean 'classifier.dense'"),
-        (["layers.1.mpl.*"], r"did you mean .*layers.1.mlp"),
-        (["layers.5.mlp.*"], "must name layers of the model"),
-        (["*.layernorm_*"], "linear or convolutional layers.*LayerNorm"),
-        ([], "empty list"),
-    ],
-)
-def test_what_names_no_layer_is_an_error_with_near_matches(modules, message):
-    with pytest.raises(PAIError, match=message):
-        choose_layers(build(), PAIConfig(modules=modules))
-
-
-@pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"schedule": "often"}, r"'schedule' expected one of \('early', 'history', 'fixed'\), got often"),
@@ -278,11 +261,16 @@ def test_what_names_no_layer_is_an_error_with_near_matches(modules, message):
             r"max_dendrites times first_growth must be at most last_growth, got 6 times 0.1, last_growth 0.5",
         ),
         ({"preset": "vendor"}, "preset must be perforatedai, got 'vendor'"),
+        ({"modules": ["classifier.dens"]}, r"got 'classifier.dens' .did you mean 'classifier.dense'"),
+        ({"modules": ["layers.1.mpl.*"]}, r"did you mean .*layers.1.mlp"),
+        ({"modules": ["layers.5.mlp.*"]}, "must name layers of the model"),
+        ({"modules": ["*.layernorm_*"]}, "linear or convolutional layers.*LayerNorm"),
+        ({"modules": []}, "empty list"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_it_must_be(config, message):
     with pytest.raises(PAIError, match=message):
-        PAICallback(config)
+        choose_layers(build(), PAICallback(config).config)
 
 
 def test_the_defaults_are_those_that_make_dendrites_learn_and_the_preset_perforatedais():
@@ -670,10 +658,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(saved, tmp_path, changes, mes
         run(tmp_path, pai=OLD | (changes if isinstance(changes, dict) else {}), resume=checkpoint, max_steps=6)
 
 
-class AudioTrainerWithDendrites(PAITrainerMixin, AudioTrainer):
-    pass
-
-
 class NoProcessor:
     def save_pretrained(self, folder):
         pass
@@ -684,7 +668,7 @@ def test_dendrites_learn_at_the_rate_of_their_layer_in_a_trainer_with_many_group
         rates = {name: 1e-2 if name.startswith("classifier") else 1e-3 for name, _ in model.named_parameters()}
         return {"model": model, "options": {"learning_rates": rates, "processing_class": NoProcessor()}}
 
-    common = {"pai": EARLY, "trainer": AudioTrainerWithDendrites, **SAVED, "max_steps": 6, "save_steps": 2}
+    common = {"pai": EARLY, "trainer": train.DendriticAudioTrainer, **SAVED, "max_steps": 6, "save_steps": 2}
     whole = run(tmp_path, **common, **options(build()))
     names = {id(p): name for name, p in whole.model.named_parameters()}
     assert len(whole.optimizer.param_groups) == 8
