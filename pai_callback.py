@@ -302,12 +302,12 @@ def _perforate(model: nn.Module, layers: list[Layer], config: PAIConfig) -> None
     globals_pai, utils = _perforatedai()
     first = next(model.get_submodule(layers[0].name).parameters())
     with _contained("wrapping the layers"):
-        # perforatedai reads settings from the working directory, and writes its own there.
-        with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
-            _configure(config, layers, first)
-            globals_pai.pai_tracker = []
-            utils.perforate_model(model, save_name="PAI", making_graphs=False)
-            globals_pai.pai_tracker = []
+        _configure(config, layers, first)
+        # What perforate_model does, without the files that it reads and writes in the working directory. Another
+        # directory for that moment is no way: threads such as TensorBoard's writer may use relative paths.
+        globals_pai.pai_tracker = utils.TPA.PAINeuronModuleTracker(True, "PAI", making_graphs=False)
+        utils.convert_network(model)
+        globals_pai.pai_tracker = []
         for layer in layers:
             module = model.get_submodule(layer.name)
             module.set_this_output_dimensions([0 if place == layer.axis else -1 for place in range(len(layer.shape))])
