@@ -46,7 +46,7 @@ def test_a_column_of_lists_gives_a_number_for_each_class(chords, column):
     encoded = encode_labels(index["label"], labels)
     assert encoded.dtype == np.float32
     assert encoded[:6].tolist() == [[0, 1], [1, 0], [1, 1], [0, 0], [0, 1], [1, 1]]
-    with pytest.raises(UserError, match="'low', which is not among high, middle"):
+    with pytest.raises(UserError, match=r"must be labels of the recipe \(high, middle\), got 'low'"):
         class_names(index, split_by_fold(index, data), arguments(chords, labels=["high", "middle"]))
 
 
