@@ -122,6 +122,7 @@ def test_the_command_line_overrides_yaml_and_yaml_overrides_the_inherited(recipe
         ("lr_step_decay: 0.5", "lr_scheduler_type must be constant_with_warmup with lr_step_decay: 0.5, got 'cosine'"),
         ("eval_strategy: no\nearly_stopping_patience: 3", "eval_strategy must be steps or epoch with early_stopping_p"),
         ("save_strategy: no\naverage_checkpoints: 3", "save_strategy must be steps or epoch or best with average"),
+        ("average_checkpoints: 3\nsave_total_limit: 3", "save_total_limit must be at least 4 with average_check"),
         ("dataloader_persistent_workers: true", "must be false with dataloader_num_workers: 0, got true"),
         ("remove_unused_columns: true", "remove_unused_columns must be false, got true; augmentation needs"),
         ("hub_strategy: all_checkpoints", "hub_strategy must be end or every_save or checkpoint, got"),
