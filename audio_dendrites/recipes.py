@@ -171,8 +171,8 @@ class DataArguments:
 
     dataset: str = option(
         "synthetic",
-        "Hub id, Parquet or CSV file, folder of Parquet files, folder of class folders, unpacked archive of "
-        "UrbanSound8K or ESC-50, or 'synthetic' for the generated data set.",
+        "Hub id, Parquet or CSV file, folder of Parquet files or of class folders, unpacked archive of UrbanSound8K or "
+        "ESC-50, or 'synthetic' for the generated data set.",
     )
     synthetic_clips: int = option(800, "Number of clips of the generated data set, a tenth per class.", "[100, inf)")
     dataset_config: str | None = option(None, "Configuration (subset) of the Hub data set, if it has several.")
@@ -181,21 +181,13 @@ class DataArguments:
     dataset_split: str | None = option(None, "Split whose clips folds, shares or lists divide. Default: train.")
     audio_column: str = option("audio", "Column with the sounds, or with paths of files relative to the table.")
     audio_path: str | None = option(
-        None,
-        "Path of each sound file, made from columns of a local table: 'audio/fold{fold}/{name}.wav'. It is relative to "
-        "the folder of the table or data set. The files become audio_column.",
+        None, "Path of each file, made from columns of a local table and relative to it: 'audio/fold{fold}/{name}.wav'."
     )
     label_column: str = option("label", "Column with class names or ids. Lists of them make the clips multi-label.")
     label_separator: str | None = option(None, "Text between the class names in a cell of multi-label clips.")
-    clip_column: str | None = option(
-        None, "Column with a unique name for each clip. Default: the path of the sound, or the row number."
-    )
-    group_column: str | None = option(
-        None, "Column with the source recording of a clip. A recording in two splits is a leak."
-    )
-    labels: list[str] | None = option(
-        None, "Class names in the order of the model's outputs. Default: all in the training clips, sorted."
-    )
+    clip_column: str | None = option(None, "Column with unique names of the clips. Default: paths or row numbers.")
+    group_column: str | None = option(None, "Column with the source recording of a clip. Each should be in one split.")
+    labels: list[str] | None = option(None, "Class names in the order of the outputs. Default: those in train, sorted.")
     drop_labels: list[str] | None = option(None, "Classes to leave out, and with them clips that have no other class.")
     fold_column: str | None = option(None, "Column with the official fold. Default: fold.")
     train_folds: list[str] | None = option(None, "Folds to train on. Default: 1 to 8.")
@@ -205,22 +197,15 @@ class DataArguments:
     validation_split: str | None = option(None, "Instead of folds: the own split that chooses the checkpoint.")
     test_split: str | None = option(None, "Instead of folds: the own split to score once, at the end.")
     split_shares: list[float] | None = option(
-        None,
-        "Instead of folds: shares of train, validation and test, for example 0.8 0.1 0.1. Whole source "
-        "recordings are drawn at random, stratified by class.",
-        "(0, 1)",
+        None, "Instead of folds: random shares of train, validation and test, such as 0.8 0.1 0.1.", "(0, 1)"
     )
     split_seed: int | None = option(None, "Seed of split_shares, apart from that of the training. Default: 0.", SEEDS)
     validation_list: str | None = option(
-        None,
-        "Instead of folds: text file with one name of a validation clip in each line. The path is relative "
-        "to the folder of a local data set.",
+        None, "Instead of folds: file with the name of a validation clip in each line, relative to a local data set."
     )
     test_list: str | None = option(None, "The same for the test clips. Clips that are in neither list are trained on.")
     drop_leaks: bool = option(False, "Leave out training clips whose source recording is also in validation or test.")
-    on_bad_clip: Literal["error", "skip"] = option(
-        "error", "What to do with clips that are damaged, empty or silent, or that contain NaN."
-    )
+    on_bad_clip: Literal["error", "skip"] = option("error", "What to do with damaged, empty or silent clips.")
     channel: Literal["mean", "first"] = option("mean", "Mix channels to their mean, or take the first one.")
     preprocessing_num_workers: int | None = option(None, "Processes that compute features. Default: cores.", "[1, inf)")
 
@@ -330,13 +315,9 @@ class FeatureArguments:
 
     sampling_rate: int | None = option(None, "Sampling rate in Hz to which clips are resampled.", "[1000, inf)")
     num_mel_bins: int | None = option(None, "Number of mel bands.", "[4, inf)")
-    max_length: int | None = option(
-        None, "Frames of 10 ms that the model sees: 400 for 4 s, 1024 for 10.24 s.", "[1, inf)"
-    )
+    max_length: int | None = option(None, "Frames of 10 ms that the model sees: 400 for 4 s.", "[1, inf)")
     # HfArgumentParser parses a union with `str` as text. __post_init__ makes it a number.
-    mean: float | str | None = option(
-        None, "Mean of the log-mel values, or auto: that of the training clips.", "(-inf, inf)"
-    )
+    mean: float | str | None = option(None, "Mean of the log-mel, or auto: that of the training clips.", "(-inf, inf)")
     std: float | str | None = option(None, "Their standard deviation, or auto: that of the training clips.", "(0, inf)")
     convention: Literal["kaldi", "librosa"] | None = option(
         None,
@@ -369,13 +350,11 @@ class AugmentationArguments:
     random_crop: bool = option(True, "Take a random window of longer clips, and put shorter clips at a random place.")
     time_roll: int = option(0, "Roll each clip by a random number of frames up to this, either way.", "[0, inf)")
     roll_padded: bool = option(
-        False,
-        "time_roll rolls the padded window, with its masks and noise, by -time_roll to time_roll - 1 frames, as AST's "
-        "authors do. Spectrograms only.",
+        False, "Spectrograms: time_roll rolls the padded window with its masks and noise, as AST's authors do."
     )
     filter_gain: float = option(
         0.0,
-        "Largest gain of a random filter, in normalised units: 10 dB are ln(10) / (2 * std), about 0.25.",
+        "Largest gain of a random filter in normalised units. 10 dB are ln(10) / (2 * std), about 0.25.",
         "[0, inf)",
     )
     frequency_shift: int = option(0, "Shift by a random number of mel bands up to this, up or down.", "[0, inf)")
@@ -384,23 +363,17 @@ class AugmentationArguments:
     frequency_mask: int = option(0, "SpecAugment: widest frequency mask in mel bands. 0 turns it off.", "[0, inf)")
     frequency_masks: int = option(1, "SpecAugment: number of frequency masks in each clip.", "[0, inf)")
     mask_value: Literal["mean", "padding"] = option(
-        "mean",
-        "SpecAugment: value of the masks. mean is 0 after normalisation. padding is (0 - mean) / (2 * std), as AST's "
-        "authors have it.",
+        "mean", "SpecAugment: value of the masks, the mean or that of the padding. AST's authors use the padding."
     )
     augment_after_norm: bool = option(
         False,
-        "CNN14 only: masks and mixup follow the first batch normalisation, and mixup makes one clip of two, as PANNs' "
-        "authors train. A batch of 64 clips becomes 32.",
+        "CNN14: mask and mix after the first batch normalisation. Mixup makes one clip of two, as PANNs' authors do.",
     )
     mixup_alpha: float = option(0.0, "Mixup draws its weights from Beta(alpha, alpha). 0 turns it off.", "[0, inf)")
     mixup_probability: float = option(1.0, "Share of the clips that mixup mixes with another clip.", "[0, 1]")
     gain: float = option(0.0, "Waveform models: largest random change of loudness in dB, up or down.", "[0, 100]")
     noise: float = option(
-        0.0,
-        "Largest level of white noise: a share of a waveform's RMS or, for spectrograms, in the units of the "
-        "model's input (AST's authors use 0.1).",
-        "[0, inf)",
+        0.0, "Largest level of white noise: a share of a waveform's RMS, or in the units of a spectrogram.", "[0, inf)"
     )
 
     def __post_init__(self):
@@ -418,11 +391,9 @@ class ModelArguments:
     _argument_group_name = "model"
 
     architecture: Literal["ast", "vit", "cnn14"] | None = option(
-        None, "Family of the network. An ast can also start from a ViT. Default: that of `model`, or ast."
+        None, "Family of the network. Default: that of `model`, or ast."
     )
-    model: str | None = option(
-        None, "Hub id or folder of a pretrained AST, DeiT, ViT or CNN14. Default: random weights."
-    )
+    model: str | None = option(None, "Hub id or folder of a pretrained AST, DeiT, ViT or CNN14. Default: none.")
     model_revision: str | None = option(None, "Commit, tag or branch of the Hub model.")
     model_config: dict[str, Any] | str | None = option(
         None, "Fields of the model's configuration, as JSON on the command line: '{\"time_stride\": 16}'."
@@ -439,14 +410,14 @@ class ModelArguments:
     layer_decay: float = option(1.0, "Ratio of a layer's learning rate to that of the layer above it.", "(0, 1]")
     match_parameters: int | str | None = option(
         None,
-        "Size the model to this number of parameters, or to that of a finished run folder. Sets intermediate_size of "
-        "an AST or ViT, or width of a CNN14, in model_config. Needs random weights.",
+        "Size a model with random weights to this number of parameters, or to that of a finished run folder. Sets "
+        "intermediate_size of an AST or ViT, or width of a CNN14, in model_config.",
         "[1, inf)",
     )
     weights_by_name: bool = option(
         False,
-        "Draw each random weight by the seed and the name of the weight. Weights of the same name and shape are then "
-        "the same in models of different sizes. crossval.py sets this if it compares recipes.",
+        "Draw each random weight by the seed and its name, so that models of different sizes have equal weights where "
+        "names and shapes are equal. crossval.py sets this if it compares recipes.",
     )
 
     def __post_init__(self):
@@ -462,13 +433,9 @@ class DendriteArguments:
     _argument_group_name = "dendrites"
 
     pai: dict[str, Any] | str | None = option(
-        None,
-        "Grow dendrites: fields of PAIConfig, as JSON on the command line: '{\"max_dendrites\": 2}'. "
-        "Default: no dendrites.",
+        None, "Grow dendrites: fields of PAIConfig, as JSON on the command line: '{\"max_dendrites\": 2}'."
     )
-    baseline: bool = option(
-        False, "First train the recipe without dendrites, in <output_dir>_baseline; then compare the two."
-    )
+    baseline: bool = option(False, "Also train without dendrites, in <output_dir>_baseline, and compare the two runs.")
 
     def __post_init__(self):
         self.pai = _mapping("pai", self.pai)
@@ -482,26 +449,17 @@ class RunArguments(TrainingArguments):
     _argument_group_name = "training"
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto",
-        "auto: bf16 if the hardware computes in it, else fp16 on CUDA, else fp32. The flags bf16 and fp16 override it.",
+        "auto", "auto: bf16 if the hardware computes in it, else fp16 on CUDA, else fp32. bf16 and fp16 override it."
     )
     loss: Literal["auto", "cross_entropy", "bce"] = option(
-        "auto", "bce is the binary cross-entropy of each class. auto: bce for multi-label clips, else cross_entropy."
+        "auto", "auto: bce, the binary cross-entropy of each class, for multi-label clips, else cross_entropy."
     )
-    distill_from: str | None = option(
-        None, "Finished run folder or Hub id of a teacher. Its scores are mixed into the labels."
-    )
+    distill_from: str | None = option(None, "Run folder or Hub id of a teacher. Its scores are mixed into the labels.")
     distillation: float = option(0.5, "Share of the teacher's scores in the labels.", "(0, 1]")
-    window_overlap: float = option(
-        0.5,
-        "Clips longer than max_length are scored in windows. This share of a window overlaps the next one.",
-        "[0, 1)",
-    )
+    window_overlap: float = option(0.5, "Share of a window that the next window of a long clip overlaps.", "[0, 1)")
     window_aggregation: Literal["mean", "max"] = option("mean", "How the logits of a clip's windows are combined.")
     balanced_sampling: bool = option(False, "Draw training clips with replacement, clips of rare classes more often.")
-    class_weights: Literal["auto"] | None = option(
-        None, "auto: weight each class in the loss by its inverse frequency among the training clips."
-    )
+    class_weights: Literal["auto"] | None = option(None, "auto: weight classes by their inverse frequency.")
     total_batch_size: int | None = option(
         None,
         "Clips of an optimizer step, over all processes. A process takes at most per_device_train_batch_size at once "
@@ -509,29 +467,20 @@ class RunArguments(TrainingArguments):
         "[1, inf)",
     )
     lr_step_decay: float | None = option(
-        None,
-        "Multiply the learning rate by this after lr_step_start epochs, and again every lr_step_every epochs. Needs "
-        "lr_scheduler_type: constant_with_warmup.",
-        "(0, 1]",
+        None, "Factor of the learning rate after lr_step_start epochs and every lr_step_every epochs.", "(0, 1]"
     )
     lr_step_start: int = option(1, "Epochs before the first step of lr_step_decay.", "[1, inf)")
     lr_step_every: int = option(1, "Epochs between two steps of lr_step_decay.", "[1, inf)")
-    early_stopping_patience: int | None = option(
-        None, "Stop after this number of evaluations without improvement. Default: never.", "[1, inf)"
-    )
-    average_checkpoints: int | None = option(
-        None, "End with the mean weights of the last N checkpoints, not with the best checkpoint.", "[2, inf)"
-    )
-    ema_decay: float | None = option(
-        None, "Evaluate, and end with, a moving average of the weights. 0.999 averages about 1,000 steps.", "(0, 1)"
-    )
+    early_stopping_patience: int | None = option(None, "Stop after N evaluations without improvement.", "[1, inf)")
+    average_checkpoints: int | None = option(None, "End with the mean weights of the last N checkpoints.", "[2, inf)")
+    ema_decay: float | None = option(None, "Evaluate, and end with, a moving average of the weights.", "(0, 1)")
     eval_strategy: Literal["no", "steps", "epoch"] = option("epoch", "When to evaluate.")
     save_strategy: Literal["no", "steps", "epoch", "best"] = option("epoch", "When to save a checkpoint.")
     logging_steps: float = option(10, "Log every N steps. A number below 1 is a share of the training.", "(0, inf)")
     save_total_limit: int | None = option(2, "Number of checkpoints to keep. The best one is always kept.", "[1, inf)")
     load_best_model_at_end: bool = option(True, "End with the best checkpoint.")
     metric_for_best_model: str | None = option(
-        "accuracy", f"Validation metric that chooses the checkpoint: {', '.join(SCORES)} or loss."
+        "accuracy", f"Metric that chooses the checkpoint: {', '.join(SCORES)} or loss."
     )
     lr_scheduler_type: SchedulerType = option("cosine", "How the learning rate changes over the training.")
     card_note: str | None = option(None, "Text for the model card, such as the differences from a published training.")
@@ -541,7 +490,7 @@ class RunArguments(TrainingArguments):
     )
     # Otherwise early stopping forgets, when a run resumes, how many evaluations brought no improvement.
     restore_callback_states_from_checkpoint: bool = option(
-        True, "Restore the state of callbacks, such as early stopping, when a run resumes."
+        True, "Resume callbacks, such as early stopping, with their state."
     )
     # The collator needs a row's `draw`, which is not an argument of any model's forward.
     remove_unused_columns: bool = option(False, "Must stay false, because the collator needs all columns.")
@@ -674,33 +623,28 @@ class Recipe:
 
 
 def resolve_precision(asked: str, use_cpu: bool = False) -> str:
-    """The precision to train in on this machine.
+    """The precision to train in on this machine: fp32, bf16 or fp16.
 
     Args:
         asked: auto, fp32, bf16 or fp16.
         use_cpu: Whether to train on the CPU even if there is a GPU.
 
-    Returns:
-        fp32, bf16 or fp16.
-
     Raises:
-        UserError: The hardware does not have the precision that the recipe asks for.
+        UserError: The hardware does not have this precision.
     """
     cuda = torch.cuda.is_available() and not use_cpu
     if cuda:
-        bf16, fp16 = torch.cuda.is_bf16_supported(including_emulation=False), True
-        hardware = torch.cuda.get_device_name()
-    else:
-        # Any CPU runs bf16 autocast, but it is faster than fp32 only with these instructions.
-        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        fp16, hardware = False, "a CPU"
+        hardware, fast_bf16 = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # any CPU runs bf16 autocast, but it is faster than fp32 only with these instructions
+        hardware = "a CPU"
+        fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if asked == "auto":
-        return "bf16" if bf16 else "fp16" if fp16 else "fp32"
-    if asked == "fp16" and not fp16:
-        raise UserError(f"precision must be bf16, fp32 or auto on {hardware}, got 'fp16'; fp16 needs a CUDA GPU")
-    if asked == "bf16" and cuda and not bf16:
+        return "bf16" if fast_bf16 else "fp16" if cuda else "fp32"
+    allowed = ["bf16"] * (fast_bf16 or not cuda) + ["fp16"] * cuda + ["fp32"]
+    if asked not in allowed:
         raise UserError(
-            f"precision must be fp16, fp32 or auto on {hardware}, got 'bf16'; bf16 needs an Ampere GPU or a newer one"
+            f"precision must be {', '.join(allowed)} or auto on {hardware}, got {asked!r}; fp16 needs a CUDA GPU, and "
+            f"bf16 needs an Ampere GPU or a newer one"
         )
     return asked
 

@@ -360,39 +360,40 @@ def hub_errors(field: str, name: str, revision: str | None, way_out: str) -> Ite
 
 def _labels(clips: Dataset, arguments: DataArguments) -> list[str] | list[list[str]]:
     """The class name of each clip, or a list of them."""
-    column = arguments.label_column
+    column, separator = arguments.label_column, arguments.label_separator
     _values(clips, column, "label_column")
     labels = _texts(clips, column)
-    if (separator := arguments.label_separator) is None:
+    if separator is None:
         return labels
     if isinstance(labels[0], list):
         raise UserError(f"label_separator must be left out if {column!r} already holds lists, got {separator!r}")
     return [[name.strip() for name in text.split(separator) if name.strip()] for text in labels]
 
 
-def _values(clips: Dataset, column: str, field: str) -> list[Any]:
+def _values(clips: Dataset, column: str, field: str | None = None) -> list[Any]:
     """The values of a column. Class numbers become names if the data set has them.
+
+    Args:
+        clips: The data set.
+        column: Name of the column.
+        field: Field of the recipe that needs a value in each row, if there is one.
 
     Raises:
         UserError: A row has no value.
     """
     feature, values = clips.features[column], clips.with_format("arrow")[:][column].to_pylist()
-    if missing := [row for row, value in enumerate(values) if value is None or value != value]:
+    missing = [row for row, value in enumerate(values) if value is None or value != value]
+    if field and missing:
         raise UserError(
-            f"{field}: {column!r} must have a value in each row, got {len(missing)} rows without one, the "
-            f"first is row {missing[0]}"
+            f"{field}: {column!r} must have a value in each row, got {len(missing)} rows without one, the first is row "
+            f"{missing[0]}"
         )
+    if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
+        return [[feature.feature.names[value] for value in row] for row in values]
     return [feature.names[value] for value in values] if isinstance(feature, ClassLabel) else values
 
 
 def _texts(clips: Dataset, column: str) -> list[Any]:
-    """The values of a column as text or lists of text. Class numbers become names if the data set has them."""
-    feature = clips.features[column]
-    values = clips.with_format("arrow")[:][column].to_pylist()
-    if isinstance(feature, List):
-        return [[_text(feature.feature, value) for value in row] for row in values]
-    return [_text(feature, value) for value in values]
-
-
-def _text(feature: Any, value: Any) -> str:
-    return feature.names[value] if isinstance(feature, ClassLabel) else str(value)
+    """The values of a column as text or lists of text."""
+    values = _values(clips, column)
+    return [[str(one) for one in value] if isinstance(value, list) else str(value) for value in values]
