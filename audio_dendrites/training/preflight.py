@@ -1,4 +1,4 @@
-"""What can be known of the runs of a command before the first one trains."""
+"""Check the runs of a command before the first one trains."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -24,29 +24,29 @@ from audio_dendrites.training.losses import check_metrics, resolve_loss
 
 logger = logging.getLogger(__name__)
 
-# Fields in which runs of a command may differ, and which change nothing that is checked of the model.
+# Fields that may differ between the runs of a command and do not change the checks of the model.
 RUN_FIELDS = {
     "train_folds", "validation_folds", "test_folds", "seed", "output_dir", "hub_model_id", "run_name",
     "resume_from_checkpoint",
 }  # fmt: skip
 
 
-# From a `pai` block, a model and a batch to the configuration of the growth and the layers that grow.
+# Turns a `pai` block, a model and a batch into the configuration of the growth and the layers that grow.
 FindGrowth = Callable[[Mapping[str, Any], PreTrainedModel, Mapping[str, torch.Tensor]], tuple[Any, Sequence[Any]]]
 
 
 def preflight(recipes: Sequence[Recipe], find_growth: FindGrowth) -> list[Recipe]:
-    """Find out what would stop a run of a command, before the first one trains.
+    """Find errors that would stop a run of a command, before the first run trains.
 
-    The model is built on the meta device, where two clips pass through it without memory or arithmetic. What several
-    runs have in common is checked once.
+    The model is built on the meta device, where two clips pass through it without memory or arithmetic. Fields that
+    several runs share are checked once.
 
     Args:
-        recipes: One for each run, in the order of the training.
-        find_growth: Gives the `PAIConfig` and the `Layer`s of pai_callback, which the package does not import.
+        recipes: One recipe for each run, in the order of the training.
+        find_growth: Returns the `PAIConfig` and the `Layer`s of pai_callback, which the package does not import.
 
     Returns:
-        The recipes of the runs that are still to be trained.
+        The recipes of the runs that are not finished.
 
     Raises:
         UserError: A run cannot be trained as its recipe asks.
@@ -59,7 +59,7 @@ def preflight(recipes: Sequence[Recipe], find_growth: FindGrowth) -> list[Recipe
     for recipe in recipes:
         check_run_folder(recipe)
         check_resumption(recipe.training)
-    # Another command may finish a run in between, so that the first process decides for all.
+    # Another command may finish a run meanwhile, so the first process decides for all.
     over = broadcast_object_list([[is_over(recipe.training) for recipe in recipes]])[0]
     waiting = [recipe for recipe, done in zip(recipes, over, strict=True) if not done]
     if waiting:
@@ -80,24 +80,17 @@ def is_over(args: RunArguments) -> bool:
 
 
 def _check_model(recipe: Recipe, find_growth: FindGrowth) -> PreTrainedModel:
-    """Check what does not depend on folds, seed and run folder.
-
-    Returns:
-        The model on the meta device.
-
-    Raises:
-        UserError, PAIError: As `preflight`.
-    """
+    """Check what does not depend on folds, seed and run folder. Returns the model on the meta device."""
     args, pai = recipe.training, recipe.dendrites.pai
     extractor = load_extractor(recipe.model, recipe.features)
     model = check_model(recipe, extractor)
     check_metrics(recipe, multi_label=False)
     if recipe.data.label_separator is not None:
         resolve_loss(args, multi_label=True)
-    if args.distill_from and not recipe.features.needs_statistics:  # which the teacher's must equal
+    if args.distill_from and not recipe.features.needs_statistics:  # the teacher must have the same statistics
         load_teacher(args.distill_from, recipe.data.labels, extractor, None if args.loss == "auto" else args.loss)
-    if args.early_stopping_patience is not None and (args.eval_strategy == "no" or args.metric_for_best_model is None):
-        raise UserError("early_stopping_patience needs an eval_strategy other than no, and a metric_for_best_model")
+    if args.early_stopping_patience is not None and args.metric_for_best_model is None:
+        raise UserError("metric_for_best_model must be set with early_stopping_patience, got null")
     config, layers = (None, []) if pai is None else find_growth(pai, model, two_clips(model, extractor))
     if layers:
         _check_growth(args, config)
@@ -109,8 +102,8 @@ def two_clips(model: PreTrainedModel, extractor: BatchedASTFeatureExtractor | Wa
     """A batch of two clips of the length that the model sees, on the meta device.
 
     Args:
-        model: On the meta device. Its front end, if it has one, is made to give spectrograms there.
-        extractor: What computes the model's features.
+        model: A model on the meta device. If it has a front end, this function replaces its `forward`.
+        extractor: The feature extractor of the model.
     """
     spectrograms = torch.empty(2, extractor.max_length, extractor.num_mel_bins, device="meta")
     if not isinstance(model, WaveformForAudioClassification):
@@ -120,7 +113,7 @@ def two_clips(model: PreTrainedModel, extractor: BatchedASTFeatureExtractor | Wa
 
 
 def evaluations(args: RunArguments) -> int | None:
-    """How often a training evaluates, if that is known without the number of clips."""
+    """The number of evaluations of a training, or None if it depends on the number of clips."""
     if args.eval_strategy == "no":
         return 0
     if args.eval_strategy == "epoch":
@@ -131,11 +124,11 @@ def evaluations(args: RunArguments) -> int | None:
 
 
 def _check_growth(args: RunArguments, config: Any) -> None:
-    """Compare the arguments of a training, its length and its early stopping with the schedule of the growth.
+    """Check that the length of a training, its early stopping and its other arguments fit the schedule of the growth.
 
-    The schedule `early` needs no evaluations. With the others, from one growth to the next pass at least `cycle`
-    evaluations. Without a better evaluation growth is repeated until it failed `tries` times, and is complete after
-    `1 + tries` cycles.
+    The schedule `early` needs no evaluations. With the other schedules, there are at least `cycle` evaluations from one
+    growth to the next. If no evaluation is better, growth is tried again until it has failed `tries` times. It is
+    complete after `1 + tries` cycles.
 
     Raises:
         UserError: Dendrites cannot grow in this training, or early stopping would end it before growth is complete.
@@ -166,15 +159,15 @@ def _check_growth(args: RunArguments, config: Any) -> None:
 
 
 def _check_optimizer(args: RunArguments, model: PreTrainedModel, grows: bool) -> None:
-    """Check the optimizer and the schedule of the learning rate on a small parameter.
+    """Try the optimizer and the schedule of the learning rate on a small parameter.
 
     Args:
-        args: The training's.
-        model: On the meta device.
-        grows: Whether parameters join the optimizer's groups while it trains.
+        args: The training arguments.
+        model: The model on the meta device.
+        grows: Whether parameters are added to the optimizer during the training.
 
     Raises:
-        UserError: One of them cannot be made, or the optimizer cannot take new parameters.
+        UserError: The optimizer or the schedule cannot be made, or the optimizer cannot take new parameters.
     """
     first = nn.Parameter(torch.ones(2, 2, device=args.device))
     try:
