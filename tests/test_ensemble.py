@@ -63,7 +63,7 @@ def test_an_ensemble_leaves_a_table_and_a_folder_that_compare_takes(tmp_path, ca
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     rows = [*zip(map(str, folders), alone, strict=True), ("mean of the runs", np.mean(alone)), ("ensemble", accuracy)]
     for line, (name, score) in zip(table[2:], rows, strict=True):
-        assert line.startswith(f"| {name} ") and f"| {score:.4f} |" in line.replace("  ", " ")
+        assert line.startswith(f"| {name} ") and f" {score:.4f} |" in line
     assert "\n".join(table) in (out / "ensemble.md").read_text()
     predictions = pandas.read_parquet(out / "predictions.parquet")
     assert predictions["clip"].tolist() == [f"c{row:02}" for row in range(CLIPS)]

@@ -147,7 +147,7 @@ def check_staged(folder: Path, token: str | None = None) -> None:
 
 def staged_files(folder: Path) -> list[Path]:
     """All files of a staged folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return files_named(folder, ("**/*",))
 
 
 def files_named(folder: Path, patterns: Sequence[str]) -> list[Path]:

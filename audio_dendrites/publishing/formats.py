@@ -54,12 +54,12 @@ class Format(NamedTuple):
 
 
 def export_run(run: Path, format: str, output: Path | None = None) -> tuple[Path, float]:
-    """Write a run's model in another format.
+    """Write the model of a run, or of another model folder, in another format.
 
     Args:
-        run: Folder of a finished run, or another model folder.
+        run: The folder.
         format: A key of `FORMATS`.
-        output: The file. Defaults to export/model with the format's suffix, in the run folder.
+        output: The file. Defaults to export/model with the suffix of the format, in the folder.
 
     Returns:
         The file, and the largest difference between its logits and the model's, relative to the largest logit.

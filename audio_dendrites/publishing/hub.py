@@ -68,17 +68,7 @@ def target_of(args: TrainingArguments) -> Target:
 
 @contextmanager
 def staged(run: Path, repo_id: str, template: Path, other: str | None = None) -> Iterator[Path]:
-    """A temporary folder with everything of a finished run that may be published, its card included.
-
-    Args:
-        run: The run folder. It is only read.
-        repo_id: owner/name, or name.
-        template: Jinja template of the card.
-        other: Repository of the run that this one is compared with, if it is published too.
-
-    Raises:
-        PublishError: If the run is not finished.
-    """
+    """A temporary folder with everything of a finished run that may be published, its card included; see `publish`."""
     with tempfile.TemporaryDirectory(prefix="publish-") as folder:
         stage_run(run, Path(folder))
         Path(folder, "README.md").write_text(run_card(run, repo_id, template, other=other), encoding="utf-8")
@@ -121,13 +111,7 @@ def publish(
 
 
 def publish_finished(args: TrainingArguments, template: Path, other: str | None = None) -> None:
-    """Push a run after its training, if the recipe asks for it. A failure is logged and raises nothing.
-
-    Args:
-        args: The arguments of the training.
-        template: Jinja template of the card.
-        other: Repository of the run that this one is compared with.
-    """
+    """Push a run after its training, if the recipe asks for it. A failure is logged and raises nothing."""
     if args.push_to_hub and args.process_index == 0:
         with _logged():
             address = publish(Path(args.output_dir), target_of(args), template, other)
@@ -199,7 +183,7 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, token: str | None = None, i
     Args:
         repo_id: owner/name.
         output_dir: The run folder.
-        token: Defaults to the token of `hf auth login` or HF_TOKEN.
+        token: See `Target`.
         is_first: Whether this process writes the checkpoints. The others only get their path.
 
     Returns:

@@ -42,21 +42,13 @@ to match. The effect size is the difference in standard deviations of runs (Hedg
 
 @dataclass
 class Side:
-    """The runs of one side.
-
-    Attributes:
-        name: The name in the reports.
-        folders: Run folders.
-        metrics: metrics.json of each run, with `seed` and `loss`.
-        tables: predictions.parquet of each run.
-        clips: One row for each test clip, sorted by its name: `label` and `group` (source recording).
-    """
+    """The runs of one side."""
 
     name: str
     folders: list[Path]
-    metrics: list[dict[str, Any]]
-    tables: list[DataFrame]
-    clips: DataFrame
+    metrics: list[dict[str, Any]]  # metrics.json of each run, with `seed` and `loss`
+    tables: list[DataFrame]  # predictions.parquet of each run
+    clips: DataFrame  # a row for each test clip, sorted by its name: `label` and `group` (source recording)
 
     @property
     def folds(self) -> list[frozenset[str]]:
@@ -202,7 +194,7 @@ def verdict(reference: Mapping[str, Any], other: Mapping[str, Any], score: str, 
     Args:
         reference, other: Entries of comparison.json.
         score: The score that decides.
-        comparisons: The number of sides that are compared with the reference.
+        comparisons: Number of sides that are compared with the reference.
     """
     found, better, worse = other[score], f"`{other['name']}`", f"`{reference['name']}`"
     difference, low, high = (100 * found[key] for key in ("difference", "low", "high"))

@@ -17,10 +17,7 @@ from audio_dendrites.results.tables import markdown_table
 
 
 def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any], DataFrame]:
-    """Score runs and their ensemble.
-
-    Args:
-        folders: Run folders, two or more.
+    """Score run folders and their ensemble.
 
     Returns:
         metrics.json of each run, with `test` scored from its predictions; metrics.json of the ensemble, with the sums
@@ -42,15 +39,10 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
     predictions = with_predictions(first, mean_logits(logits, loss), labels).reset_index()
     members = [run | {"test": score(table, labels, loss)} for run, table in zip(members, aligned, strict=True)]
     metrics = {
-        "dataset": members[0]["dataset"],
-        "labels": labels,
-        "members": [folder.name for folder in folders],
-        "loss": loss,
-        "test": score(predictions, labels, loss),
-        "parameters": sum(run["parameters"] for run in members),
-        "steps": sum(run["steps"] for run in members),
-        "train_steps_per_second": None,
-    }
+        "dataset": members[0]["dataset"], "labels": labels, "members": [folder.name for folder in folders],
+        "loss": loss, "test": score(predictions, labels, loss), "train_steps_per_second": None,
+        **{name: sum(run[name] for run in members) for name in ("parameters", "steps")},
+    }  # fmt: skip
     return members, metrics, predictions
 
 
@@ -88,15 +80,11 @@ def summary(folders: Sequence[Path], members: Sequence[dict[str, Any]], metrics:
 def write_ensemble(folders: Sequence[Path], output: Path) -> str:
     """Write ensemble.md and, so that compare.py accepts the folder, metrics.json and predictions.parquet.
 
-    Args:
-        folders: Run folders.
-        output: Where to write.
-
     Returns:
         The table of ensemble.md.
 
     Raises:
-        UserError: See `ensemble`. Or the output is the folder of a run.
+        UserError: The runs make no ensemble, or the output is the folder of a run.
     """
     if (output / "config.yaml").exists():
         raise UserError(f"output: {output} is the folder of a run; choose another --output")

@@ -35,7 +35,7 @@ def collect(runs: DataFrame, folder: Path, command: Sequence[str]) -> None:
     finished = runs.map(is_finished)
     if not finished.any(axis=None):
         raise UserError(f"{folder}: at least one run must be finished to put results together, got none")
-    write(folder, {side: list(runs[side][finished[side]]) for side in runs if finished[side].any()}, command)
+    _write(folder, {side: list(runs[side][finished[side]]) for side in runs if finished[side].any()}, command)
     common = finished.all(axis=1).unstack("seed", fill_value=False)
     common = common[common.any(axis=1)]
     seeds = common.columns[common.all()]
@@ -76,7 +76,7 @@ def summary(folders: Sequence[Path]) -> tuple[str, dict[str, Any], DataFrame]:
     return markdown_table([["test fold", "run", "clips", *scores], *rows]), found, predictions
 
 
-def write(folder: Path, sides: dict[str, list[Path]], command: Sequence[str]) -> None:
+def _write(folder: Path, sides: dict[str, list[Path]], command: Sequence[str]) -> None:
     """Write crossval.md, crossval.json and, for each side, a figure of the scores by class. See `collect`."""
     page, numbers = [f"# Cross-validation\n\n```bash\n{' '.join(command)}\n```"], {}
     for side, folders in sides.items():

@@ -46,7 +46,8 @@ class Scores(evaluate.Metric):
         if self.config_name == "multilabel":
             count = references.sum(axis=0)
             both = (count > 0) & (count < len(references))  # an ROC curve needs clips with and without the class
-            auc = float(np.mean(roc_auc_score(references[:, both], logits[:, both], average=None)))
+            auc = roc_auc_score(references[:, both], logits[:, both], average=None) if both.any() else np.nan
+            auc = float(np.mean(auc))
             d_prime = float(np.sqrt(2) * norm.ppf(min(auc, 1 - 1e-6)))
             return {"mAP": float(np.nanmean(average_precisions(logits, references))), "AUC": auc, "d_prime": d_prime}
         predicted, positive = logits.argmax(axis=1), np.eye(logits.shape[1], dtype=int)[references]
@@ -81,22 +82,17 @@ def average_precisions(scores: np.ndarray, references: np.ndarray) -> np.ndarray
         (classes,), NaN for classes that do not occur.
     """
     occurs, found = references.any(axis=0), np.full(scores.shape[1], np.nan)
-    found[occurs] = average_precision_score(references[:, occurs], scores[:, occurs], average=None)
+    if occurs.any():
+        found[occurs] = average_precision_score(references[:, occurs], scores[:, occurs], average=None)
     return found
 
 
-def evaluate_scores(predictions: np.ndarray, references: np.ndarray, loss: str = "cross_entropy") -> dict[str, float]:
-    """The `Scores` of logits.
+def compute_metrics(prediction: EvalPrediction, loss: str = "cross_entropy") -> dict[str, float]:
+    """The `Scores` of predictions, in the form that the Trainer calls.
 
     Args:
-        predictions: Logits (clips, classes).
-        references: Class numbers (clips,) or 0 and 1, (clips, classes).
+        prediction: Logits (clips, classes), and class numbers (clips,) or 0 and 1 for each class, (clips, classes).
         loss: Loss of the training, cross_entropy or bce. The loss of multi-label clips is always bce.
     """
-    metric = Scores(loss if references.ndim == 1 else "multilabel")
-    return metric.compute(predictions=predictions, references=references)
-
-
-def compute_metrics(prediction: EvalPrediction, loss: str = "cross_entropy") -> dict[str, float]:
-    """`evaluate_scores` in the form that the Trainer calls."""
-    return evaluate_scores(prediction.predictions, prediction.label_ids, loss)
+    metric = Scores("multilabel" if prediction.label_ids.ndim == 2 else loss)
+    return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)

@@ -20,7 +20,7 @@ matplotlib.use("agg")
 
 
 def plot_classes(predictions: DataFrame, labels: Sequence[str], title: str, folder: Path, suffix: str = "") -> Path:
-    """Plot a confusion matrix or, for multi-label clips, the average precision of each class.
+    """Plot confusion_matrix<suffix>.png or, for multi-label clips, average_precision<suffix>.png. Returns the path.
 
     Args:
         predictions: As `predictions_table` returns it.
@@ -28,9 +28,6 @@ def plot_classes(predictions: DataFrame, labels: Sequence[str], title: str, fold
         title: Title of the figure.
         folder: Where to write.
         suffix: End of the file name.
-
-    Returns:
-        The path of confusion_matrix<suffix>.png or average_precision<suffix>.png.
     """
     name, plot = "confusion_matrix", plot_confusion
     if is_multi_label(predictions["label"]):
@@ -75,12 +72,7 @@ def plot_confusion(predictions: DataFrame, labels: Sequence[str], title: str) ->
 
 
 def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str) -> Figure:
-    """Training and validation loss, the validation metric that chooses the checkpoint, and the learning rate, by epoch.
-
-    Args:
-        log_history: `trainer.state.log_history`.
-        metric: Name of the metric, without "eval_".
-    """
+    """Training and validation loss, a validation metric, whose name lacks "eval_", and the learning rate, by epoch."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     losses, scores, rates = figure.subplots(1, 3)
     for axes, key, label in (
@@ -102,10 +94,7 @@ def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str) -> 
 def plot_dendrites(log_history: Sequence[dict[str, Any]], metric: str, dendrites: Mapping[str, Any]) -> Figure:
     """The validation metric with a line where dendrites grew, and the share of dendrites in the output of each layer.
 
-    Args:
-        log_history: `trainer.state.log_history`.
-        metric: Name of the metric, without "eval_".
-        dendrites: The entry of metrics.json.
+    `log_history` is that of the Trainer's state, and `dendrites` is an entry of metrics.json.
     """
     use = dendrites.get("use")
     figure = Figure(figsize=(12 if use else 7, 4.5), layout="constrained")

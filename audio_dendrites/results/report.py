@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,29 @@ def write_run(
         labels: Class names in the order of the logits.
         predictions: `predictions_table` of the splits validation and test.
         skipped: For each split that lacks clips, what was wrong with each of them.
-        use: What `measure_use` returned.
+        use: The result of `measure_use`.
     """
-    metrics = run_metrics(recipe, trainer, labels, predictions, skipped)
+    state, splits = trainer.state, {}
+    timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
+    for split, table in predictions.items():
+        splits[split] = score(table, labels, trainer.loss) | {"folds": recipe.data.folds[split]}
+    metrics = run_facts(recipe, trainer, labels) | splits | {
+        "best_step": state.best_global_step if recipe.training.load_best_model_at_end else None,
+        "averaged_steps": getattr(trainer, "averaged_steps", []),  # if empty, the weights are those of the best step
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "multiply_adds": multiply_adds(trainer),
+        # If the run was resumed, these cover the time since.
+        **{key: timing[key] for key in ("train_runtime", "train_steps_per_second", "train_samples_per_second")},
+        "skipped": dict(skipped),
+    }  # fmt: skip
     if use is not None:
         metrics["dendrites"]["use"] = use
     # The figure may be published, so it shows only the name of a local data set.
     dataset = Path(recipe.data.dataset).name if "dataset" in metrics["local"] else recipe.data.dataset
     title = f"{dataset}, test fold {' '.join(recipe.data.folds['test'])}"
     plot_classes(predictions["test"], labels, title, folder)
-    log, metric = trainer.state.log_history, str(trainer.args.metric_for_best_model).removeprefix("eval_")
+    log, metric = state.log_history, str(trainer.args.metric_for_best_model).removeprefix("eval_")
     save_figure(plot_learning_curves(log, metric), folder / "learning_curves.png")
     if metrics["dendrites"] is not None:
         save_figure(plot_dendrites(log, metric, metrics["dendrites"]), folder / "dendrites.png")
@@ -81,33 +95,6 @@ def print_summary(folder: Path) -> None:
     if sentence := use_sentence(metrics.get("dendrites")):
         print(f"\n{sentence}")
     print(f"\nRun folder: {folder}", flush=True)
-
-
-def run_metrics(
-    recipe: Recipe,
-    trainer: Trainer,
-    labels: Sequence[str],
-    predictions: dict[str, DataFrame],
-    skipped: Mapping[str, Sequence[str]],
-) -> dict[str, Any]:
-    """metrics.json: the scores of both splits, the size and length of the training, and where it ran."""
-    state = trainer.state
-    timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
-    return {
-        **run_facts(recipe, trainer, labels),
-        **{
-            split: score(table, labels, trainer.loss) | {"folds": recipe.data.folds[split]}
-            for split, table in predictions.items()
-        },
-        "best_step": state.best_global_step if recipe.training.load_best_model_at_end else None,
-        "averaged_steps": getattr(trainer, "averaged_steps", []),  # if empty, the weights are those of the best step
-        "steps": state.global_step,
-        "epochs": state.epoch,
-        "multiply_adds": multiply_adds(trainer),
-        # If the run was resumed, these cover the time since.
-        **{key: timing[key] for key in ("train_runtime", "train_steps_per_second", "train_samples_per_second")},
-        "skipped": dict(skipped),
-    }
 
 
 @torch.no_grad()
@@ -175,11 +162,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def commit_of(root: Path) -> str | None:
-    """The commit of the code in a folder, or None if neither pip nor git knows it.
-
-    Args:
-        root: The folder that holds `audio_dendrites`: a clone, or site-packages after `pip install git+https://…`.
-    """
+    """The commit of the code in a clone, or in site-packages after `pip install git+https://…`; None if unknown."""
     with contextlib.suppress(PackageNotFoundError):
         installed = distribution("audio-dendrites")
         origin = json.loads(installed.read_text("direct_url.json") or "{}")
@@ -198,12 +181,12 @@ def commit_of(root: Path) -> str | None:
 
 def _without_tokens(words: Sequence[str]) -> list[str]:
     """A command line without the values of options such as --hub_token."""
-    hidden, before = [], ""
-    for word in words:
+    hidden = []
+    for before, word in pairwise(["", *words]):
         option, equals, _ = word.partition("=")
         if re.fullmatch(TOKEN_OPTION, before) and not word.startswith("--"):
-            hidden.append("…")
-        else:
-            hidden.append(f"{option}=…" if equals and re.fullmatch(TOKEN_OPTION, option) else word)
-        before = word
+            word = "…"
+        elif equals and re.fullmatch(TOKEN_OPTION, option):
+            word = f"{option}=…"
+        hidden.append(word)
     return hidden

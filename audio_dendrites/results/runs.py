@@ -49,11 +49,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
 def check_same_task(
     folders: Sequence[Path], metrics: Sequence[dict[str, Any]], fields: Sequence[str] = ("dataset", "labels")
 ) -> None:
-    """Check that runs have the same data set and the same classes in the same order, or agree in other fields.
-
-    Raises:
-        UserError: A field differs.
-    """
+    """Raise a UserError if runs differ in their data set, in their classes and their order, or in other fields."""
     for folder, other in zip(folders[1:], metrics[1:], strict=True):
         for field in fields:
             if other[field] != metrics[0][field]:
@@ -64,15 +60,7 @@ def check_same_task(
 
 
 def check_same_clips(first: DataFrame, other: DataFrame, first_name: str, other_name: str) -> None:
-    """Check that two tests have the same clips, with the same labels and source recordings.
-
-    Args:
-        first, other: Indexed by clip, in any order, with the columns `label` and `group`.
-        first_name, other_name: Their names in errors.
-
-    Raises:
-        UserError: The clips differ.
-    """
+    """Raise a UserError if two tests differ in their clips, indexed in any order, or in their `label` or `group`."""
     refuse(first.loc[first.index.difference(other.index)], f"{other_name} did not test")
     refuse(other.loc[other.index.difference(first.index)], f"{first_name} did not test")
     other = other.loc[first.index]

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame
 from sklearn.metrics import precision_recall_fscore_support
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 from audio_dendrites.data.splits import encode_labels, is_multi_label
 from audio_dendrites.recipes import SCORES
-from audio_dendrites.results.metrics import average_precisions, evaluate_scores
+from audio_dendrites.results.metrics import average_precisions, compute_metrics
 
 NAMES = (*SCORES, "AUC", "d_prime")  # all scores of a split, in the order of the tables
 
@@ -24,7 +24,7 @@ def score(predictions: DataFrame, labels: Sequence[str], loss: str = "cross_entr
     Args:
         predictions: As `predictions_table` returns it.
         labels: Class names in the order of the logits.
-        loss: Loss of the training, cross_entropy or bce. The loss of multi-label clips is always bce.
+        loss: See `compute_metrics`.
     """
     logits = np.stack(predictions["logits"])
     references = encode_labels(predictions["label"], labels)
@@ -37,7 +37,7 @@ def score(predictions: DataFrame, labels: Sequence[str], loss: str = "cross_entr
         columns = {"accuracy": recalls, "f1": f1, "clips": counts}
     classes = DataFrame(columns, index=labels)
     classes = classes[classes.iloc[:, -1] > 0].astype({list(columns)[-1]: int})
-    scores = evaluate_scores(logits, references, loss)
+    scores = compute_metrics(EvalPrediction(logits, references), loss)
     return scores | {"clips": len(predictions), "per_class": classes.to_dict("index")}
 
 

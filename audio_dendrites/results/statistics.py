@@ -19,22 +19,16 @@ Score = tuple[float, np.ndarray]  # of a run, and the effect of each recording o
 
 @dataclass
 class Runs:
-    """The runs of one side. The runs of the other side are tested on the same recordings.
+    """The runs of one side. The runs of the other side are tested on the same recordings."""
 
-    Attributes:
-        scores: (runs,).
-        effects: (recordings, runs), how much higher the score is with the recording than without it.
-        folds: (runs,) test fold.
-        seeds: (runs,) seed, None if it is not known.
-    """
-
-    scores: np.ndarray
-    effects: np.ndarray
-    folds: Sequence[str]
-    seeds: Sequence[int | None]
+    scores: np.ndarray  # (runs,)
+    effects: np.ndarray  # (recordings, runs), how much higher the score is with the recording than without it
+    folds: Sequence[str]  # (runs,), test folds
+    seeds: Sequence[int | None]  # (runs,), None if not known
 
     @property
     def keys(self) -> list[tuple[str, int | None]]:
+        """Fold and seed of each run."""
         return list(zip(self.folds, self.seeds, strict=True))
 
 
@@ -159,11 +153,7 @@ def holm(p: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def error_reduction(reference: float, other: float) -> float | None:
-    """How much smaller the other's error rate is, in % of the reference's; None if the reference makes no error.
-
-    Args:
-        reference, other: Accuracy, 0 to 1.
-    """
+    """How much smaller the error rate of the other is, in %, from accuracies; None if the reference makes no error."""
     return None if reference == 1 else 100 * (other - reference) / (1 - reference)
 
 
@@ -171,7 +161,7 @@ def mcnemar_exact(reference: np.ndarray, other: np.ndarray) -> tuple[int, int, f
     """McNemar's exact test (1947): if two models are equal, each wins half of the clips on which they differ.
 
     Args:
-        reference, other: (clips,) whether each model is right.
+        reference, other: (clips,), whether the model is right.
 
     Returns:
         Number of clips that only the reference has right, number that only the other has right, and the two-sided p.
