@@ -71,7 +71,8 @@ def test_every_fold_is_tested_once_and_a_finished_run_is_kept(recipe, tmp_path, 
         assert found["mean"][name] == pytest.approx(sum(run["test"][name] for run in runs) / 3)
     assert found["pooled"].keys() == {"accuracy", "macro_f1"}  # logits of other runs are on other scales
     assert found["pooled"]["accuracy"] == (clips["label"] == clips["predicted"]).mean()
-    assert runs[0]["multiply_adds"] > 2 * 32 * 64  # two blocks have an MLP
+    block = 26 * (4 * 32**2 + 2 * 32 * 64) + 2 * 26**2 * 32  # 24 patches and two tokens: attention and MLP
+    assert runs[0]["multiply_adds"] == 24 * 32 * 16**2 + 2 * block + 32 * 2
     written = [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders]
     capsys.readouterr()
     crossval.main([recipe()])

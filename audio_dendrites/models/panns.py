@@ -34,7 +34,7 @@ def convert(checkpoint: Path, labels: Sequence[str] | None = None) -> WaveformFo
         labels: Class names in the order of the outputs.
 
     Returns:
-        A model in evaluation mode whose sigmoid is the published clip-wise output. Clips have any length.
+        A model in evaluation mode. The sigmoid of its logits is the published clip-wise output for clips of any length.
 
     Raises:
         UserError: The file cannot be read, or its tensors are not those of a CNN14 and of these classes.
@@ -59,9 +59,9 @@ def convert(checkpoint: Path, labels: Sequence[str] | None = None) -> WaveformFo
     bands, classes = len(tensors["backbone.bn0.weight"]), len(tensors["backbone.classifier.weight"])
     if labels is not None and len(labels) != classes:
         raise UserError(f"labels must be {classes} names, one for each output of {checkpoint}, got {len(labels)}")
-    names = {} if labels is None else {
-        "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
-    }  # fmt: skip
+    names = {}
+    if labels is not None:
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     config = WaveformConfig(
         backbone=CNN14Config(
             num_mel_bins=bands, num_hidden_layers=BLOCKS, first_channels=len(tensors["backbone.layers.0.conv1.weight"])

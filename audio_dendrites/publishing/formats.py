@@ -38,19 +38,12 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Format(NamedTuple):
-    """How a format is written and read back.
-
-    Attributes:
-        suffix: The suffix of its files.
-        packages: Packages that only this format needs.
-        write: Takes a model, the features of two clips, the metadata and the path.
-        read: Takes the path and the model, and returns a function from features to logits.
-    """
+    """How a format is written and read back."""
 
     suffix: str
-    packages: tuple[str, ...]
-    write: Callable[[PreTrainedModel, torch.Tensor, dict[str, str], Path], None]
-    read: Callable[[Path, PreTrainedModel], Logits]
+    packages: tuple[str, ...]  # that only this format needs
+    write: Callable[[PreTrainedModel, torch.Tensor, dict[str, str], Path], None]  # takes features, metadata and path
+    read: Callable[[Path, PreTrainedModel], Logits]  # returns a function from features to logits
 
 
 def export_run(run: Path, format: str, output: Path | None = None) -> tuple[Path, float]:
@@ -105,8 +98,8 @@ def example_features(extractor: FeatureExtractionMixin, clips: int) -> torch.Ten
 
 def metadata(run: Path, model: PreTrainedModel, extractor: FeatureExtractionMixin) -> dict[str, str]:
     """The metadata of a file: JSON by name."""
-    values = {"labels": [model.config.id2label[i] for i in range(model.config.num_labels)]}
-    values["sampling_rate"] = extractor.sampling_rate
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    values: dict[str, Any] = {"labels": labels, "sampling_rate": extractor.sampling_rate}
     for name in ("preprocessor_config", "config"):
         values[name] = json.loads((run / f"{name}.json").read_text(encoding="utf-8"))
         values[name].pop("_name_or_path", None)  # a path of this machine

@@ -44,19 +44,12 @@ FULL = re.compile("quota|storage|limit|exceed|payment", re.IGNORECASE)
 
 
 class Target(NamedTuple):
-    """Where to push.
+    """Where to push."""
 
-    Attributes:
-        repo_id: owner/name. Without an owner, the repository belongs to the owner of the token.
-        private: Whether a new repository is private. Defaults to the setting of the Hub.
-        revision: Branch to push to. It is created if it does not exist.
-        token: Defaults to the token of `hf auth login` or HF_TOKEN.
-    """
-
-    repo_id: str
-    private: bool | None = None
-    revision: str | None = None
-    token: str | None = None
+    repo_id: str  # owner/name; without an owner, the repository belongs to the owner of the token
+    private: bool | None = None  # whether a new repository is private; defaults to the setting of the Hub
+    revision: str | None = None  # branch to push to, created if it does not exist
+    token: str | None = None  # defaults to the token of `hf auth login` or HF_TOKEN
 
 
 def target_of(args: TrainingArguments) -> Target:

@@ -39,17 +39,17 @@ def split_arms(words: Sequence[str]) -> tuple[Path, dict[str, list[str]]]:
 def fold_recipes(
     arguments: Sequence[str], folds: Sequence[str] | None, seeds: Sequence[int], last: bool = False
 ) -> dict[tuple[str, int], Recipe]:
-    """The recipe for each test fold and seed.
+    """The recipe for each test fold and seed, from the arguments of `parse_recipe`.
 
     Args:
-        arguments: The arguments of `parse_recipe`.
+        arguments: The command line of a recipe.
         folds: Test folds. None means all folds of the recipe.
         seeds: Seeds.
         last: Whether all folds but the test fold train, and the last weights are tested.
 
     Returns:
-        By test fold and seed. The run folders are `fold-<fold>-seed-<seed>` in the recipe's output_dir, or
-        `seed-<seed>` if the recipe divides the data set without folds. Then the fold is "".
+        The run folders are `fold-<fold>-seed-<seed>` in the output_dir of the recipe. If the recipe divides the data
+        set without folds, they are `seed-<seed>`, and the fold is "".
 
     Raises:
         UserError: The recipe does not have these folds.
@@ -110,7 +110,7 @@ def check_arms(arms: Mapping[str, Recipe]) -> None:
 
 
 def sides_of(arms: Mapping[str, Mapping[tuple[str, int], Recipe]]) -> DataFrame:
-    """The run folders that `collect` takes. A single arm has a column for each kind of run, several have one each."""
+    """The run folders that `collect` takes: a column for each arm or, with one arm, for baseline and dendritic runs."""
     found = {}
     for name, recipes in arms.items():
         for runs in zip(*(recipe.runs() for recipe in recipes.values()), strict=True):

@@ -249,12 +249,10 @@ def plot(found: Mapping[str, Any], sides: Sequence[Side]) -> Figure:
     reference, *others = found["sides"]
     score = found["scores"][0]
     what, key = ("accuracy",) * 2 if score == "accuracy" else ("average precision", "average_precision")
-    by_class = DataFrame({
-        side.name: DataFrame([
-            {label: one[key] for label, one in metrics["test"]["per_class"].items()} for metrics in side.metrics
-        ]).mean()  # over the runs that were tested on the class
-        for side in sides
-    })  # fmt: skip
+    by_class = DataFrame()
+    for side in sides:
+        runs = [DataFrame(metrics["test"]["per_class"]).loc[key] for metrics in side.metrics]
+        by_class[side.name] = DataFrame(runs).mean()  # over the runs that were tested on the class
     by_class = by_class.reindex([label for label in sides[0].metrics[0]["labels"] if label in by_class.index])
     figure = Figure(figsize=(11, 2 + 0.35 * max(len(by_class), len(others))), layout="constrained")
     differences, classes = figure.subplots(1, 2, width_ratios=[1, 2])
@@ -307,9 +305,7 @@ def write_comparison(sides: Mapping[str, Sequence[Path]], folder: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Read the command line, compare and print."""
-    parser = argparse.ArgumentParser(
-        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="BASELINE DENDRITIC", help="Two run folders.")
     side = {"nargs": "+", "action": "append", "default": [], "metavar": ("NAME", "RUN")}
     parser.add_argument("--side", **side, help="Name of a side, and its run folders.")

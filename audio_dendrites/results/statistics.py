@@ -38,10 +38,8 @@ class Difference:
 
     Attributes:
         value: The difference, from -1 to 1.
-        parts: Variances of `value`, each with its degrees of freedom: from runs, if that was measured, and from
-            recordings.
-        effect_size: The difference in standard deviations of runs (Hedges' g). None if single runs do not show how runs
-            scatter. The difference is then one of two models.
+        parts: Variances of `value` with degrees of freedom: from runs, if they show how they scatter, and recordings.
+        effect_size: The difference in standard deviations of runs (Hedges' g), None if the runs do not show these.
     """
 
     value: float
