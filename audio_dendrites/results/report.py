@@ -26,6 +26,7 @@ from audio_dendrites.results.dendrites import use_sentence
 from audio_dendrites.results.plots import plot_classes, plot_dendrites, plot_learning_curves, save_figure
 from audio_dendrites.results.scores import NAMES, score
 from audio_dendrites.results.tables import classes_table, scores_table, skipped_list
+from audio_dendrites.training.process import without_tf32
 
 TOKEN_OPTION = r"--\w+[_-]token"
 PACKAGES = ("torch", "torchaudio", "transformers", "datasets", "accelerate", "evaluate")
@@ -98,6 +99,7 @@ def print_summary(folder: Path) -> None:
 
 
 @torch.no_grad()
+@without_tf32()  # as all that follows the training
 def multiply_adds(trainer: Trainer) -> int:
     """Multiply-adds of a forward pass over one window of a validation clip, dendrites included, as torch counts them.
 
