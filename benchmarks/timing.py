@@ -1,4 +1,4 @@
-"""What the timing programs share: a command line, a training step, and functions timed in turns."""
+"""Shared by the timing programs: a command line, a training step, and functions timed in turns."""
 
 import argparse
 import statistics

@@ -72,7 +72,7 @@ def plot_confusion(predictions: DataFrame, labels: Sequence[str], title: str) ->
 
 
 def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str) -> Figure:
-    """Training and validation loss, a validation metric, whose name lacks "eval_", and the learning rate, by epoch."""
+    """The losses, the validation metric of this name (without "eval_"), and the learning rate, by epoch."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     losses, scores, rates = figure.subplots(1, 3)
     for axes, key, label in (

@@ -68,7 +68,7 @@ class Difference:
     def _half_width(self, error: float) -> float:
         """Root of the summed squares of the half-widths that the parts have alone (Howe 1974).
 
-        Satterthwaite's degrees of freedom for the sum would give 8 % false alarms at 5 % with three runs a side.
+        Satterthwaite's degrees of freedom for the sum would give 8 % false alarms at 5 % with three runs on each side.
         """
         return math.sqrt(sum(variance * t.isf(error / 2, freedom) ** 2 for variance, freedom in self.parts))
 
