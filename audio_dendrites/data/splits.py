@@ -25,11 +25,13 @@ def folder_of(arguments: DataArguments) -> Path:
     return (path if path.is_dir() else path.parent) / (arguments.dataset_dir or "")
 
 
-def split_by_fold(index: DataFrame, arguments: DataArguments) -> dict[str, np.ndarray]:
+def split_by_fold(index: DataFrame, arguments: DataArguments, chooses: bool = True) -> dict[str, np.ndarray]:
     """Divide clips into train, validation and test, and warn of source recordings in train and in another split.
 
     Args:
         index: The index that `load_clips` returns.
+        arguments: Name the folds.
+        chooses: Whether a validation score chooses the checkpoint.
 
     Returns:
         The row numbers of the splits `train`, `validation` and `test`, in the order of the names of the clips. The
@@ -44,9 +46,9 @@ def split_by_fold(index: DataFrame, arguments: DataArguments) -> dict[str, np.nd
         if missing := [fold for fold in folds if fold not in present]:
             counts = ", ".join(f"{fold} ({count} clips)" for fold, count in present.items())
             raise UserError(f"{split}_folds: no clip in fold {', '.join(missing)}; {arguments.dataset} has {counts}")
-    if both := sorted(set(asked["validation"]) & set(asked["test"])):
+    if chooses and (both := sorted(set(asked["validation"]) & set(asked["test"]))):
         logger.warning(
-            "Fold %s is in validation and in test: if it chooses the checkpoint, its score is optimistic.",
+            "Fold %s is in validation and in test. It chooses the checkpoint, so its test score is optimistic.",
             ", ".join(both),
         )
     by_name = index["clip"].argsort(kind="stable").to_numpy()

@@ -121,7 +121,7 @@ def _with_features(recipes: Sequence[Recipe], sound: datasets.Dataset, index: Da
     multi_label = is_multi_label(index["label"])
     divided = []
     for recipe in recipes:
-        splits = split_by_fold(index, recipe.data)
+        splits = split_by_fold(index, recipe.data, recipe.training.load_best_model_at_end)
         check_metrics(recipe, multi_label)
         divided.append((splits, class_names(index, splits, recipe.data), resolve_loss(recipe.training, multi_label)))
     workers, extractors, features = data.preprocessing_num_workers or cpu_count(), [extractor] * len(recipes), {}
