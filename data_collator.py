@@ -5,11 +5,12 @@
 
 Examples are dictionaries with `input_values`, a log-mel spectrogram of shape (frames, mel bands) and any length,
 normalised to mean 0, and `labels`, a class number or, for clips of several classes, 0 or 1 for each class.
-`AugmentedClips` gives each training example a `draw`, and the collator augments just those that have one: evaluation
-needs no second collator and never gets augmented. Set `remove_unused_columns=False`, or the Trainer takes the `draw`
-away. Needs NumPy, SciPy, torch, transformers.
-`WaveformCollator` is the same for models that compute their spectrogram themselves, and `ExtractorCollator` for models
-with a feature extractor of transformers. `BalancedSampler` draws rare classes more often.
+`AugmentedClips` gives each training example a `draw`. The collator augments only examples that have one, so the same
+collator serves evaluation. Set `remove_unused_columns=False`, because otherwise the Trainer removes the `draw`.
+`WaveformCollator` is for models that compute their spectrogram themselves, and `ExtractorCollator` for models with a
+feature extractor of transformers. `BalancedSampler` draws rare classes more often.
+
+Needs NumPy, SciPy, torch and transformers.
 """
 
 import inspect
@@ -25,23 +26,23 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import SequenceFeatureExtractor, TrainerCallback
 
-# One column of random numbers for each decision about a clip; masks take two more each, and the last is the level of
-# a spectrogram's noise.
+# Columns of the random numbers of a clip, one for each decision. Each mask has two more, and the last column is the
+# level of the noise of a spectrogram.
 ROLL, PLACE, SHIFT, MIX, MIX_WEIGHT = range(5)
 FILTER = slice(5, 10)
 MASKS = 10
-GAIN, NOISE = 5, 6  # the filter's columns, of which waveforms have no use
+GAIN, NOISE = 5, 6  # columns of the filter, which waveforms do not have
 
 
 class AugmentedClips(Dataset):
-    """Training examples with `draw` = (seed, epoch, row): the key of their random numbers.
+    """Training examples with `draw` = (seed, epoch, row), the key of their random numbers.
 
-    The augmentation of a clip is then a function of these three alone: the same in any worker, rank or batch, and
+    The augmentation of a clip depends on these three numbers only. It is the same in any worker, rank or batch, and
     after a resume.
 
     Args:
         examples: Any map-style data set of dictionaries.
-        seed: Another seed, other augmentations.
+        seed: Seed of the augmentation.
     """
 
     def __init__(self, examples: Dataset, seed: int = 0):
@@ -68,15 +69,15 @@ class AugmentedClips(Dataset):
 
 
 class BalancedSampler(Sampler):
-    """Draws clips with replacement, those of rare classes more often, as AST's authors train AudioSet.
+    """Draws clips with replacement, and clips of rare classes more often, as AST's authors train AudioSet.
 
-    A clip's weight is the sum of 1000 / (clips + 0.01) over its classes (github.com/YuanGongND/ast,
-    egs/audioset/gen_weight_file.py). An epoch has as many draws as there are clips, and is a function of the data set's
-    seed and epoch: the same in any rank, and after a resume. What it yields is (row, how often it came before), so that
-    no clip comes twice with the same augmentation.
+    The weight of a clip is the sum of 1000 / (clips + 0.01) over its classes (github.com/YuanGongND/ast,
+    egs/audioset/gen_weight_file.py). An epoch has one draw for each clip. The draws depend on the seed and the epoch of
+    the data set only, so they are the same in any rank and after a resume. The sampler yields (row, number of earlier
+    draws of this row), so a clip never has the same augmentation twice.
 
     Args:
-        clips: What the training is given.
+        clips: The training clips.
         labels: Class numbers (clips,) or 0 and 1, (clips, classes).
     """
 
@@ -98,7 +99,7 @@ class BalancedSampler(Sampler):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells `AugmentedClips` the epoch; accelerate does so itself only where there is one process."""
+    """Tells `AugmentedClips` the epoch. accelerate does so only if there is one process."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         train_dataloader.dataset.set_epoch(int(state.epoch))
@@ -106,41 +107,41 @@ class SetEpoch(TrainerCallback):
 
 @dataclass
 class SpectrogramCollator:
-    """Examples of any length → one batch, in one vectorised pass.
+    """Makes one batch of examples of any length, in one vectorised pass.
 
     An example with a `draw`, a tuple of integers that keys its random numbers, is rolled, placed, filtered, shifted,
-    mixed, masked and made noisy, in this order. `roll_padded` and `augment_after_norm` change the order. Without a
-    `draw`, a short clip is padded at the end and a long one is cut there, as ASTFeatureExtractor does.
+    mixed, masked and made noisy, in this order. `roll_padded` and `augment_after_norm` change the order. An example
+    without a `draw` is padded or cut at its end, as ASTFeatureExtractor does.
 
     Attributes:
-        max_length: Frames of a batch.
-        num_labels: Classes. Mixup needs it, because its labels are soft.
-        padding_value: What a padded frame holds: (0 - mean) / (2 * std) for AST, because its extractor pads before it
-            normalises.
+        max_length: Number of frames of a batch.
+        num_labels: Number of classes. Mixup needs it, because its labels are soft.
+        padding_value: Value of padded frames. For AST it is (0 - mean) / (2 * std), because its extractor pads before
+            it normalises.
         random_crop: Take a random window of a longer clip, and put a shorter clip at a random place.
-        time_roll: Most frames to roll by, either way (circular).
+        time_roll: Largest number of frames to roll by, either way (circular).
         roll_padded: Roll the padded window with its masks and noise, as the last step, by -time_roll to time_roll - 1
-            frames, as AST's authors do for Speech Commands (github.com/YuanGongND/ast, src/dataloader.py). Off: roll
-            the clip alone, as the first step.
+            frames, as AST's authors do for Speech Commands (github.com/YuanGongND/ast, src/dataloader.py). By default
+            only the clip is rolled, as the first step.
         filter_gain: Largest gain or loss of a random filter, in the units of the spectrogram. The filter is piecewise
             linear over the mel bands between five points (after FilterAugment, Nam et al. 2022, arXiv:2110.03282). It
             imitates other rooms and microphones. With AST's normalisation, 10 dB are ln(10) / (2 * std), which is 0.25
             for AudioSet.
-        frequency_shift: Most mel bands to shift by, up or down; the outermost band fills the gap.
-        time_mask, time_masks: Longest time mask in frames and masks a clip (SpecAugment, Park et al. 2019,
-            arXiv:1904.08779). A width is drawn from 0 to `time_mask`. `torchaudio.transforms.TimeMasking(48)` and
-            PANNs' SpecAugmentation draw from 0 to 47: `time_mask` is 47 there.
+        frequency_shift: Largest number of mel bands to shift by, up or down. The outermost band fills the gap.
+        time_mask, time_masks: Longest time mask in frames, and number of time masks of each clip (SpecAugment, Park et
+            al. 2019, arXiv:1904.08779). A width is drawn from 0 to `time_mask`. For the masks of
+            `torchaudio.transforms.TimeMasking(48)` and PANNs' SpecAugmentation, `time_mask` is 47.
         frequency_mask, frequency_masks: The same over mel bands.
-        mask_value: What masks hold: mean (0), or padding (`padding_value`). AST's authors mask before they normalise,
-            so their masks hold what their padding holds.
+        mask_value: Value of the masks: mean (0) or padding (`padding_value`). AST's authors mask before they normalise,
+            so their masks have the value of their padding.
         augment_after_norm: For models that mask and mix their input themselves, after their first batch normalisation,
             as PANNs (github.com/qiuqiangkong/audioset_tagging_cnn, pytorch/models.py). The batch then holds
             `drop_frames`, `drop_bands` and `mixup_weights` for the model. Mixup makes one clip of the two clips 0 and
             1, of 2 and 3, and so on: a batch of 64 clips has 32 rows of labels.
-        mixup_alpha: Mixup (Zhang et al. 2018, arXiv:1710.09412) with weights from Beta(alpha, alpha); 0: none.
+        mixup_alpha: Mixup (Zhang et al. 2018, arXiv:1710.09412) draws weights from Beta(alpha, alpha). 0 turns it off.
         mixup_probability: Share of clips that are mixed with another clip of the batch.
         noise: Highest level of the noise. The noise of a clip is uniform from 0 to a level, which is drawn from 0 to
-            `noise`; it also covers padding and masks. AST's authors train Speech Commands with 0.1.
+            `noise`. It also covers padding and masks. AST's authors train Speech Commands with 0.1.
     """
 
     max_length: int
@@ -163,19 +164,19 @@ class SpectrogramCollator:
 
     def __post_init__(self):
         if self.mixup_alpha and self.num_labels is None:
-            raise ValueError("mixup_alpha: mixup makes soft labels and needs num_labels")
+            raise ValueError("num_labels must be set with mixup_alpha, because mixup makes soft labels")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """One batch.
+        """Make a batch.
 
         Args:
-            examples: Each with `input_values` (frames, mel bands), and optionally `labels` (int, or (num_labels,) for
-                clips of several classes) and `draw`.
+            examples: Examples with `input_values` (frames, mel bands), and optionally `labels` (int, or (num_labels,)
+                for clips of several classes) and `draw`.
 
         Returns:
-            `input_values` (batch, max_length, mel bands) float32 and, if the examples have them, `labels`: (batch,)
-            int64, or (batch, num_labels) float32 where they are vectors or mixup is on. With `augment_after_norm` also
-            what `_after_norm` adds.
+            `input_values` (batch, max_length, mel bands), float32, and, if the examples have labels, `labels`: (batch,)
+            int64, or (batch, num_labels) float32 for vectors of labels or with mixup. With `augment_after_norm` also
+            the entries that `_after_norm` returns.
         """
         examples = self._in_pairs(examples)
         clips = [torch.as_tensor(example["input_values"]) for example in examples]
@@ -205,11 +206,11 @@ class SpectrogramCollator:
 
     @property
     def mask_level(self) -> float:
-        """What masked frames and bands hold."""
+        """The value of masked frames and bands."""
         return self.padding_value if self.mask_value == "padding" else 0.0
 
     def _in_pairs(self, examples: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """Where mixup makes one training clip of two and their number is odd, the first one again at the end."""
+        """The examples, and the first one again if mixup makes one clip of two and their number is odd."""
         odd = self.augment_after_norm and self.mixup_alpha and "draw" in examples[0] and len(examples) % 2
         return [*examples, examples[0]] if odd else examples
 
@@ -235,14 +236,14 @@ class SpectrogramCollator:
     def _place(
         self, clips: list[torch.Tensor], draws: torch.Tensor | None, max_length: int, time_roll: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, max_length, …) float32 by one gather over all clips, and where (batch, max_length) it is a clip's."""
+        """Gather windows (batch, max_length, …), float32, of all clips; and (batch, max_length), True inside a clip."""
         lengths = torch.tensor([len(clip) for clip in clips])
-        spare = lengths - max_length  # over 0: frames to cut; under 0: frames to pad
+        spare = lengths - max_length  # frames to cut, or to pad if negative
         start = torch.zeros_like(spare)
         roll = torch.zeros_like(spare)
         if draws is not None:
             if self.random_crop:
-                # From `start` on, counted from the clip's first frame: 0..spare, or spare..0 where it is short.
+                # The frame of the clip with which the window starts: 0..spare, or spare..0 for a short clip.
                 start = torch.where(spare < 0, -_below(draws[:, PLACE], 1 - spare), _below(draws[:, PLACE], spare + 1))
             roll = _below(draws[:, ROLL], 2 * time_roll + 1) - time_roll
         frame = start[:, None] + torch.arange(max_length)
@@ -252,7 +253,7 @@ class SpectrogramCollator:
         return torch.cat(clips)[source].float(), inside
 
     def _mixup(self, batch: dict[str, torch.Tensor], draws: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each chosen clip with its neighbour in the batch, whose order the sampler has shuffled."""
+        """Mix each chosen clip with its neighbour in the batch. The sampler has shuffled the order."""
         weight, values = self._weights(draws), batch["input_values"]
         return {
             "input_values": _blend(values, weight.view(-1, *[1] * (values.dim() - 1))),
@@ -262,7 +263,7 @@ class SpectrogramCollator:
     def _after_norm(
         self, batch: dict[str, torch.Tensor], draws: torch.Tensor, frames: torch.Tensor, bands: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """What the model does with its input after the first batch normalisation.
+        """Masks and weights that the model applies to its input after the first batch normalisation.
 
         Returns:
             `drop_frames` (batch, frames) and `drop_bands` (batch, bands), bool, to be set to 0. With mixup,
@@ -277,7 +278,7 @@ class SpectrogramCollator:
         return masks | {"mixup_weights": weight, "labels": mixed}
 
     def _weights(self, draws: torch.Tensor) -> torch.Tensor:
-        """Mixup's weight of each clip, (batch,) float32; 1 for a clip that is not mixed."""
+        """Mixup's weight of each clip, (batch,), float32. It is 1 for a clip that is not mixed."""
         weight = torch.from_numpy(betaincinv(self.mixup_alpha, self.mixup_alpha, draws[:, MIX_WEIGHT].numpy()))
         return torch.where(draws[:, MIX] < self.mixup_probability, weight, 1.0).float()
 
@@ -286,7 +287,7 @@ class SpectrogramCollator:
         return nn.functional.one_hot(labels, self.num_labels).float() if labels.dim() == 1 else labels
 
     def _masks(self, draws: torch.Tensor, frames: int, bands: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """SpecAugment: (batch, frames) and (batch, bands), True where masked; width 0..mask, then a place it fits."""
+        """SpecAugment: (batch, frames) and (batch, bands), True where masked. Width and place are drawn."""
         masks = tuple(torch.zeros(len(draws), size, dtype=torch.bool) for size in (frames, bands))
         axes = [(0, self.time_mask)] * self.time_masks + [(1, self.frequency_mask)] * self.frequency_masks
         for number, (axis, longest) in enumerate(axes):
@@ -302,17 +303,17 @@ class SpectrogramCollator:
 
 @dataclass
 class WaveformCollator(SpectrogramCollator):
-    """The same for waveforms: `input_values` are (samples,), and the model computes the spectrogram.
+    """The collator for waveforms (samples,), of which the model computes the spectrogram.
 
     Lengths, rolls and masks count in frames of that spectrogram, as in SpectrogramCollator. The model gets the masks
     and applies them. A filter, a shift of mel bands and a roll of the padded window are errors.
 
     Attributes:
-        padding_value: What a padded frame of the spectrogram holds, for `mask_value`. Waveforms are padded with 0.
+        padding_value: Value of padded frames of the spectrogram, for `mask_value`. Waveforms are padded with 0.
         window_length, hop_length: Samples of a frame, and from one frame to the next. A window of 0 means that frames
             are centred on every hop.
-        num_mel_bins: Mel bands of the spectrogram.
-        gain: Most decibels to make a clip louder or softer by.
+        num_mel_bins: Number of mel bands of the spectrogram.
+        gain: Largest change of the loudness in decibels, up or down.
         noise: Highest level of white Gaussian noise, as a share of the clip's RMS: 0.1 is 20 dB below it.
     """
 
@@ -327,16 +328,17 @@ class WaveformCollator(SpectrogramCollator):
             raise ValueError("filter_gain, frequency_shift, roll_padded: need spectrograms, and these are waveforms")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """One batch.
+        """Make a batch.
 
         Args:
-            examples: Each with `input_values` (samples,), and optionally `labels` and `draw` as SpectrogramCollator's.
+            examples: Examples with `input_values` (samples,), and optionally `labels` and `draw` as for
+                SpectrogramCollator.
 
         Returns:
-            `input_values` (batch, samples) float32, 0 where padded, and `attention_mask`, int64, 0 there and 1
-            elsewhere; `labels` as SpectrogramCollator's; with a `draw` and masks, `masked_frames` (batch, max_length)
-            and `masked_bands` (batch, num_mel_bins), bool, and `mask_value`, float, which they hold. With
-            `augment_after_norm` what `_after_norm` adds takes the place of these three.
+            `input_values` (batch, samples), float32, and `attention_mask`, int64. Both are 0 in the padding. `labels`
+            are those of SpectrogramCollator. With a `draw` and masks: `masked_frames` (batch, max_length) and
+            `masked_bands` (batch, num_mel_bins), bool, and their `mask_value`, float. With `augment_after_norm`, the
+            entries that `_after_norm` returns replace these three.
         """
         examples = self._in_pairs(examples)
         clips = [torch.as_tensor(example["input_values"]) for example in examples]
@@ -419,7 +421,7 @@ def _labels(examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
 
 
 def _below(uniform: torch.Tensor, bound: torch.Tensor | int) -> torch.Tensor:
-    """Whole numbers 0 .. bound - 1 from uniform ones in [0, 1)."""
+    """Turn uniform numbers in [0, 1) into whole numbers 0 .. bound - 1."""
     return (uniform * bound).long()
 
 

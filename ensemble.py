@@ -1,122 +1,28 @@
-"""Score several runs as one classifier, by the mean of their probabilities; --help explains the options.
+"""Score several runs as one classifier, by the mean of their probabilities.
 
     python ensemble.py RUN RUN ... [--output FOLDER]
 
-The runs, with other seeds, strides or training folds, must have tested the same clips. Writes ensemble.md and, so that
-compare.py takes the folder for a run's, metrics.json and predictions.parquet.
+The runs must have tested the same clips. They may differ in their seeds, strides or training folds. Writes ensemble.md
+and, so that compare.py accepts the folder as a run, metrics.json and predictions.parquet.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from pandas import DataFrame
-from scipy.special import log_expit, log_softmax, logsumexp
 
 from audio_dendrites.errors import UserError
-from audio_dendrites.files import written_whole
-from audio_dendrites.results.runs import check_same_clips, check_same_task, read_run
-from audio_dendrites.results.scores import score, score_names, with_predictions
-from audio_dendrites.results.tables import markdown_table
-
-
-def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any], DataFrame]:
-    """The scores of the runs and of their ensemble.
-
-    Args:
-        folders: Run folders, two or more.
-
-    Returns:
-        metrics.json of each run, with `test` scored from its predictions; metrics.json of the ensemble, whose
-        parameters and steps are those of all runs; and its predictions.parquet.
-
-    Raises:
-        UserError: A folder is no finished run, or the runs did not test the same clips of the same classes.
-    """
-    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
-        raise UserError(f"the runs must be two folders or more, each named once, got {', '.join(map(str, folders))}")
-    members, tables = zip(*map(read_run, folders), strict=True)
-    check_same_task(folders, members, ("dataset", "labels", "loss"))
-    labels = members[0]["labels"]
-    tables = [table.set_index("clip") for table in tables]
-    first = tables[0]
-    for folder, table in zip(folders[1:], tables[1:], strict=True):
-        check_same_clips(first, table, str(folders[0]), str(folder))
-    aligned = [table.loc[first.index] for table in tables]
-    logits = np.stack([np.stack(table["logits"]) for table in aligned])
-    loss = members[0]["loss"]
-    mean = mean_logits(logits, loss)
-    predictions = with_predictions(first, mean, labels).reset_index()
-    members = [run | {"test": score(table, labels, loss)} for run, table in zip(members, aligned, strict=True)]
-    metrics = {
-        "dataset": members[0]["dataset"],
-        "labels": labels,
-        "members": [folder.name for folder in folders],
-        "loss": loss,
-        "test": score(predictions, labels, loss),
-        "parameters": sum(run["parameters"] for run in members),
-        "steps": sum(run["steps"] for run in members),
-        "train_steps_per_second": None,
-    }
-    return members, metrics, predictions
-
-
-def mean_logits(logits: np.ndarray, loss: str = "cross_entropy") -> np.ndarray:
-    """Logits of the mean of the members' probabilities.
-
-    The mean is taken of probabilities as the AST authors take it (github.com/YuanGongND/ast,
-    egs/audioset/ensemble.py): a member counts by how sure it is, whatever the scale of its logits.
-
-    Args:
-        logits: (members, clips, classes).
-        loss: cross_entropy, where the probabilities are the softmax, or bce, where they are the sigmoids.
-
-    Returns:
-        (clips, classes), float32, whose softmax, or sigmoid, is the mean.
-    """
-    logits = logits.astype(np.float64)
-    if loss == "bce":
-        mean = logsumexp(log_expit(logits), axis=0) - logsumexp(log_expit(-logits), axis=0)
-    else:
-        mean = logsumexp(log_softmax(logits, axis=2), axis=0) - np.log(len(logits))
-    return mean.astype(np.float32)
-
-
-def summary(folders: Sequence[Path], members: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> str:
-    """Scores of each run, their mean, and those of the ensemble, as a Markdown table."""
-    rows = [(str(folder), run["parameters"], run["test"]) for folder, run in zip(folders, members, strict=True)]
-    scores = score_names(metrics["test"])
-    mean = {name: float(np.mean([run["test"][name] for run in members])) for name in scores}
-    rows += [("mean of the runs", "", mean), ("ensemble", metrics["parameters"], metrics["test"])]
-    cells = [[name, f"{size:,}" if size else "", *(test[score] for score in scores)] for name, size, test in rows]
-    return markdown_table([["run", "parameters", *scores], *cells])
+from audio_dendrites.results.ensemble import write_ensemble
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Score, print, and write into the output folder."""
+    """Read the command line, put the runs together and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folders of finished runs.")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="Default: ensemble, beside the first run.")
     options = parser.parse_args(arguments)
     output = options.output or options.runs[0].resolve().parent / "ensemble"
-    if (output / "config.yaml").exists():
-        raise UserError(f"output: {output} is the folder of a run; choose another --output")
-    members, metrics, predictions = ensemble(options.runs)
-    table = summary(options.runs, members, metrics)
-    output.mkdir(parents=True, exist_ok=True)
-    with written_whole(output / "ensemble.md") as path:
-        tested = (
-            f"{metrics['dataset']}: {len(predictions)} test clips. The ensemble's probabilities are the runs' mean."
-        )
-        path.write_text(f"# Ensemble of {len(members)} runs\n\n{table}\n\n{tested}\n", encoding="utf-8")
-    with written_whole(output / "predictions.parquet") as path:
-        predictions.to_parquet(path, index=False)
-    with written_whole(output / "metrics.json") as path:
-        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    table = write_ensemble(options.runs, output)
     print(f"{table}\n\nWritten to {output}/ensemble.md, metrics.json and predictions.parquet")
 
 

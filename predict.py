@@ -1,16 +1,16 @@
-"""Classify sound files, and all in folders, with a finished run or a model of the Hub; --help explains the options.
+"""Classify sound files, and all files in folders, with a finished run or a model of the Hub.
 
     python predict.py RUN PATH [PATH ...] [--top_k 3] [--output predictions.csv]
 
 Files may have any rate and any format of libsndfile (wav, flac, ogg, mp3, ...). With PyAV installed (pip install av)
-it also reads the sound of m4a, mp4, webm and other files. Clips longer than the model's window are classified in
-overlapping windows, as in the test of the run. Files that cannot be read are named at the end, and the exit code is
-then 1.
+it also reads the sound of m4a, mp4, webm and other files. Clips longer than the window of the model are classified in
+overlapping windows, as in the test of the run. If files cannot be read, their names are printed at the end, and the
+exit code is 1.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,39 +26,33 @@ from audio_dendrites.models.finished import load_finished
 from audio_dendrites.results.tables import markdown_table
 
 
-def find_files(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files as given, and for each folder all files below it with the suffix of a sound format, sorted."""
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """Replace each folder by the sound files in it and below it, sorted."""
+    found = []
     for path in paths:
-        if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        else:
-            yield path
+        below = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        found += sorted(below) if path.is_dir() else [path]
+    return found
 
 
 def predict(run: str, files: Sequence[Path], trust_remote_code: bool = False) -> tuple[DataFrame, list[str]]:
-    """The scores of files.
-
-    Args:
-        run: Run folder or Hub id.
-        files: Sound files.
-        trust_remote_code: As in `load_finished`.
+    """Classify sound files with a run folder or a model of the Hub.
 
     Returns:
         A table with a row for each file that could be read: `file` and a score for each class, which is a sigmoid for
-        a multi-label model, else the softmax. And what is wrong with each of the other files.
+        a multi-label model, otherwise the softmax. And what is wrong with each of the other files.
 
     Raises:
-        UserError: As `load_finished`.
+        UserError: The model cannot be loaded.
     """
     model, extractor = load_finished(run, trust_remote_code)
     classifier = pipeline("audio-classification", model=model, feature_extractor=extractor)
     config, rows, faults = model.config, [], []
+    channel = getattr(config, "channel", "mean")
     scores = expit if config.problem_type == "multi_label_classification" else softmax
     for file in files:
         try:
-            waveform = load_waveform(
-                {"bytes": None, "path": str(file)}, extractor.sampling_rate, channel=getattr(config, "channel", "mean")
-            )
+            waveform = load_waveform({"bytes": None, "path": str(file)}, extractor.sampling_rate, channel=channel)
         except BadClip as error:
             faults.append(str(error))
         else:
@@ -77,21 +71,18 @@ def summary(predictions: DataFrame, top_k: int) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Classify, print, and write the CSV file."""
+    """Read the command line, classify, print, and write the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="Run folder or Hub id.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="Sound files, or folders of them.")
     parser.add_argument("--top_k", type=int, default=3, help="Number of classes to show for each file. Default: 3.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file for the scores of all classes.")
-    parser.add_argument(
-        "--trust_remote_code",
-        action="store_true",
-        help="Run the Python code in the repository of a model that needs it. Read the code first.",
-    )
+    code = "Run the Python code in the repository of a model that needs it. Read the code first."
+    parser.add_argument("--trust_remote_code", action="store_true", help=code)
     options = parser.parse_args(arguments)
     if options.top_k < 1:
         raise UserError(f"--top_k must be 1 or more, got {options.top_k}")
-    files = list(find_files(options.paths))
+    files = find_files(options.paths)
     if not files:
         raise UserError(f"no sound file in {', '.join(map(str, options.paths))}")
     if options.output is not None:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from audio_dendrites.errors import UserError
-from audio_dendrites.publishing import hub
 from audio_dendrites.publishing.content import read_comparison, staged_files
+from audio_dendrites.publishing.hub import Target, publish, staged
 from audio_dendrites.recipes import default_hub_model_id
 from audio_dendrites.results.tables import markdown_table
 
@@ -48,44 +48,32 @@ def baseline_of(run: Path) -> Path | None:
 
 
 def show(run: Path, repo_id: str, other: str | None) -> None:
-    """List what a push would send."""
-    with hub.staged(run, repo_id, CARD, other) as folder:
+    """List the files that a push would send."""
+    with staged(run, repo_id, CARD, other) as folder:
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in staged_files(folder)}
     rows = [["file", "bytes"], *([name, f"{size:,}"] for name, size in sizes.items())]
     print(f"\n{run} → {repo_id}\n\n{markdown_table(rows)}\n\n{sum(sizes.values()):,} bytes. Nothing was sent.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Push, or show, one run after the other."""
-    options = parse(arguments)
+    """Read the command line, and push or show one run after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a finished run.")
+    parser.add_argument("--repo_id", help="owner/name, for one RUN. Default: name of the folder, owner of the token.")
+    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
+    parser.add_argument("--revision", metavar="BRANCH", help="Branch to push to, created if missing. Default: main.")
+    parser.add_argument("--without_baseline", action="store_true", help="Push a run with dendrites alone.")
+    parser.add_argument("--dry_run", action="store_true", help="List every file and its size, and send nothing.")
+    options = parser.parse_args(arguments)
+    if options.repo_id and len(options.runs) > 1:
+        parser.error(f"--repo_id must be left out with more than one run, got {len(options.runs)} runs")
     for run, repo_id, other in publications(options):
         if options.dry_run:
             show(run, repo_id, other)
             continue
         command = shlex.join(["python", "publish.py", *arguments])
-        address = hub.publish(run, repo_id, CARD, other, options.private or None, options.revision, command=command)
+        address = publish(run, Target(repo_id, options.private or None, options.revision), CARD, other, command)
         print(f"{run}: {f'published at {address}' if address else f'{repo_id} has every file already'}", flush=True)
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a finished run.")
-    parser.add_argument(
-        "--repo_id", help="owner/name, for a single RUN. Default: the name of the folder, with the owner of the token."
-    )
-    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
-    parser.add_argument(
-        "--revision", metavar="BRANCH", help="Branch to push to. It is created if it does not exist. Default: main."
-    )
-    parser.add_argument(
-        "--without_baseline", action="store_true", help="Push a run with dendrites without its baseline."
-    )
-    parser.add_argument("--dry_run", action="store_true", help="List every file and its size, and send nothing.")
-    options = parser.parse_args(arguments)
-    if options.repo_id and len(options.runs) > 1:
-        parser.error(f"--repo_id names the repository of a single run, got {len(options.runs)} runs")
-    return options
 
 
 if __name__ == "__main__":

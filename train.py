@@ -1,9 +1,9 @@
-"""Fine-tune an audio classifier as a recipe says; --help explains every field.
+"""Fine-tune an audio classifier by a recipe. --help explains every field.
 
     accelerate launch train.py configs/quickstart.yaml [--learning_rate 1e-4 ...]
 
-The same command again goes on where the run was interrupted. With `baseline: true` a recipe with dendrites is trained
-without them first, and the two are compared.
+The same command resumes a run that was interrupted. With `baseline: true`, a recipe with dendrites is first trained
+without them, and the two runs are compared.
 """
 
 import logging
@@ -63,11 +63,12 @@ def find_growth(pai: Mapping[str, Any], model: nn.Module, batch: Mapping[str, An
 
 
 def main(*recipes: Recipe) -> None:
-    """Train every run of the recipes that no other command trains. A recipe with `baseline: true` is two runs, which
-    are compared.
+    """Train the runs of the recipes. Runs that another command is training are left out.
+
+    A recipe with `baseline: true` has two runs, which are compared. All runs are checked before the first one trains.
 
     Args:
-        recipes: They are of one data set. All runs are checked before one trains.
+        recipes: Recipes with the same data set.
     """
     prepare_process(recipes[0].training)
     data = load_data(preflight([run for recipe in recipes for run in recipe.runs()], find_growth))
@@ -84,8 +85,8 @@ def train_unless_locked(run: Recipe, data: RunData | None) -> None:
     """Train a run, show it if it is finished, or leave it to the command that is training it.
 
     Args:
-        run: Its recipe.
-        data: Its data; None if it was finished when this command started.
+        run: The recipe of the run.
+        data: The data of the run, or None if it was finished when this command started.
     """
     folder = Path(run.training.output_dir)
     with locked(run.training) as free:
@@ -112,7 +113,7 @@ def conclude(run: Recipe, dendritic: Recipe | None = None) -> None:
 
 
 def train(data: RunData) -> None:
-    """One run: the model, its training, the test fold once, the run folder."""
+    """Train one run, score its test fold once, and write its run folder."""
     recipe, args = data.recipe, data.recipe.training
     set_seed(args.seed)
     model = load_model(data.labels, recipe.model, data.extractor)
@@ -126,7 +127,7 @@ def train(data: RunData) -> None:
 
 
 def make_trainer(data: RunData, model: PreTrainedModel) -> AudioTrainer:
-    """The trainer of a run, with everything that its recipe asks for."""
+    """The trainer of a run, with the callbacks, the collator and the samplers of its recipe."""
     recipe, args = data.recipe, data.recipe.training
     grows, callbacks = recipe.dendrites.pai is not None, [SetEpoch()]
     if grows:
@@ -149,14 +150,11 @@ def make_trainer(data: RunData, model: PreTrainedModel) -> AudioTrainer:
         callbacks=callbacks,
         loss=data.loss,
         teacher=args.distill_from and load_teacher(args.distill_from, data.labels, data.extractor, data.loss),
-        distillation=args.distillation,
         train_sampler=BalancedSampler(clips, data.targets("train")) if args.balanced_sampling else None,
         class_weights=balanced_class_weights(data.targets("train"), data.labels) if args.class_weights else None,
         learning_rates=learning_rates(
             model, args.learning_rate, recipe.model.head_learning_rate, recipe.model.layer_decay
         ),
-        average_checkpoints=args.average_checkpoints,
-        ema_decay=args.ema_decay,
         recipe=recipe,
         card_template=CARD,
     )

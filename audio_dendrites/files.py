@@ -1,4 +1,4 @@
-"""Write files whole and readable, say what to do when the disk fails, and find damaged files."""
+"""Write whole files with the permissions of the umask, report errors of the disk, and find damaged files."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 
 @contextmanager
 def writing_to(folder: str | Path) -> Iterator[None]:
-    """Turn an error of the disk into one that says how to continue. Every other exception passes unchanged.
+    """Turn an error of the disk into a UserError that says how to continue. Other exceptions pass unchanged.
 
     Raises:
         UserError: The disk is full, read-only or broken, or a quota is used up.
@@ -48,7 +48,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def damaged_file(folder: Path) -> str | None:
-    """The first JSON or safetensors file of a folder that cannot be read, and why; None if there is none."""
+    """The first JSON or safetensors file of a folder that cannot be read, and why. None if all can be read."""
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         try:
             if path.suffix == ".json":

@@ -4,8 +4,9 @@ A recipe is a flat YAML file with the fields of `TrainingArguments` and of this 
 from another recipe. Values from YAML and from the command line pass through the same parser, so both get the same types
 and the same errors.
 
-Each numeric field has a range in interval notation: in its metadata, or in
-`RANGES_OF_TRAINING_ARGUMENTS`. `check_values` is the only place that compares values with ranges.
+Each numeric field has a range in interval notation: in its metadata, or in `RANGES_OF_TRAINING_ARGUMENTS`. `RULES`
+lists the values that a field may have because of another field. `check_values` is the only place that compares values
+with ranges, and `check_rules` the only one that compares them with the rules.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import yaml
 from datasets import ReadInstruction
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import HubStrategy, SchedulerType
+from transformers.trainer_utils import SchedulerType
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.files import written_whole
@@ -34,10 +35,15 @@ from audio_dendrites.files import written_whole
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-LISTS = ("validation_list", "test_list")
 SCORES = ("accuracy", "macro_f1", "mAP")  # of an evaluation; multi-label clips have mAP alone
-
 SIZES = ("intermediate_size", "width")  # fields of `model_config` that `match_parameters` sets
+WAYS_TO_DIVIDE = {
+    "folds": ("fold_column", "train_folds", "validation_folds", "test_folds"),
+    "own splits": ("train_split", "validation_split", "test_split"),
+    "random shares": ("split_shares", "split_seed"),
+    "lists of clips": ("validation_list", "test_list"),
+}
+DEFAULT_FOLDS = {"train_folds": list("12345678"), "validation_folds": ["9"], "test_folds": ["10"]}
 
 # Augmentation that an input does not have. The inputs are log-mel spectrograms, waveforms for a model that computes its
 # spectrogram, and clips for a model that has a feature extractor of its own.
@@ -62,6 +68,36 @@ RANGES_OF_TRAINING_ARGUMENTS = {
 }
 INHERITED = {name: interval for interval, names in RANGES_OF_TRAINING_ARGUMENTS.items() for name in names.split()}
 
+ANY = "any value but null and false"
+NEVER = ()  # the two fields must not be set together
+RULES = (  # a field, the values that it may have, the field and its value that make this a rule, and the reason
+    ("dataset_config", NEVER, "dataset_dir", ANY, "remove one of them"),
+    ("dataset_split", NEVER, "train_split", ANY, "remove it"),
+    ("match_parameters", NEVER, "model", ANY, "pretrained weights have a size of their own"),
+    ("match_parameters", NEVER, "pai", ANY, "it sizes a model without dendrites"),
+    ("lora", NEVER, "pai", ANY, "dendrites cannot grow on layers that LoRA changes"),
+    ("lora", NEVER, "unfreeze_last_layers", ANY, "LoRA freezes all layers but the head"),
+    ("ema_decay", NEVER, "pai", ANY, "a moving average cannot follow a model that grows; use average_checkpoints"),
+    ("ema_decay", NEVER, "average_checkpoints", ANY, "both average the weights"),
+    ("baseline", (False,), "pai", None, "without dendrites there is nothing to compare"),
+    ("label_smoothing_factor", (0,), "loss", "bce", "it smooths the labels of the cross-entropy"),
+    ("fp16", (False,), "bf16", True, "set one of them, or set precision instead"),
+    ("train_sampling_strategy", ("random",), "balanced_sampling", True, "both choose the order of the clips"),
+    ("class_weights", (None,), "balanced_sampling", True, "both make up for rare classes"),
+    ("lr_scheduler_type", ("constant_with_warmup",), "lr_step_decay", ANY, "both change the learning rate"),
+    ("eval_strategy", ("steps", "epoch"), "early_stopping_patience", ANY, "evaluations decide when to stop"),
+    (
+        "save_strategy",
+        ("steps", "epoch", "best"),
+        "average_checkpoints",
+        ANY,
+        "it averages the checkpoints that are saved",
+    ),
+    ("dataloader_persistent_workers", (False,), "dataloader_num_workers", 0, "there are no workers"),
+    ("remove_unused_columns", (False,), None, None, "augmentation needs the column `draw`"),
+    ("hub_strategy", ("end", "every_save", "checkpoint"), None, None, "the Hub gets one checkpoint at most"),
+)
+
 
 def range_of(entry: dataclasses.Field) -> str | None:
     """The range of a numeric field in interval notation, such as "[0, 1)"; None for other fields."""
@@ -69,7 +105,7 @@ def range_of(entry: dataclasses.Field) -> str | None:
 
 
 def check_values(part: Any) -> None:
-    """Check that the numbers of a dataclass lie in their ranges and that no text is empty.
+    """Check the ranges of the numbers of a dataclass, that no text is empty, and the rules among its fields.
 
     None and a field's default always pass. The range of a list holds for each of its elements. NaN is in no range.
 
@@ -84,10 +120,11 @@ def check_values(part: Any) -> None:
             raise UserError(f"{entry.name} must be at least one character, got ''; null unsets it")
         if interval is not None:
             check_range(entry.name, value, interval)
+    check_rules(vars(part))
 
 
 def check_range(name: str, value: Any, interval: str) -> None:
-    """Check that a number, or each number of a list, lies in a range; other values pass.
+    """Check that a number, or each number of a list, lies in a range. Other values pass.
 
     Raises:
         UserError: A number does not.
@@ -100,6 +137,33 @@ def check_range(name: str, value: Any, interval: str) -> None:
         below = number <= high if interval[-1] == "]" else number < high
         if not (above and below):
             raise UserError(f"{name} must be in {interval}, got {value}")
+
+
+def check_rules(values: dict[str, Any]) -> None:
+    """Check the rules whose fields are all among the given values.
+
+    Raises:
+        UserError: A field has a value that it may not have beside another one.
+    """
+    for name, allowed, other, case, reason in RULES:
+        if name not in values or (other is not None and other not in values):
+            continue
+        value, beside = values[name], values.get(other)
+        applies = beside not in (None, False) if case == ANY else beside == case
+        if not applies or value in (allowed or (None,)):
+            continue
+        if allowed == NEVER:
+            raise UserError(
+                f"{name} must not be set together with {other}, got {_shown(value)} and {_shown(beside)}; {reason}"
+            )
+        choices = " or ".join("left out" if one is None else _shown(one).strip("'") for one in allowed)
+        context = "" if other is None else f" with {other}: {_shown(beside).strip(chr(39))}"
+        raise UserError(f"{name} must be {choices}{context}, got {_shown(value)}; {reason}")
+
+
+def _shown(value: Any) -> str:
+    """A value as a recipe has it, with quotation marks around text."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(getattr(value, "value", value))
 
 
 def option(default: Any, text: str, interval: str | None = None) -> Any:
@@ -115,86 +179,46 @@ class DataArguments:
 
     dataset: str = option(
         "synthetic",
-        "Hub id, Parquet or CSV file, folder of Parquet files, folder of class folders, unpacked archive of "
-        "UrbanSound8K or ESC-50, or 'synthetic' for the generated data set.",
+        "Hub id, Parquet or CSV file, folder of Parquet files or of class folders, unpacked archive of UrbanSound8K or "
+        "ESC-50, or 'synthetic' for the generated data set.",
     )
     synthetic_clips: int = option(800, "Number of clips of the generated data set, a tenth per class.", "[100, inf)")
     dataset_config: str | None = option(None, "Configuration (subset) of the Hub data set, if it has several.")
-    dataset_dir: str | None = option(
-        None, "Subfolder of the repository to load, for repositories that hold several data sets."
-    )
+    dataset_dir: str | None = option(None, "Subfolder of the repository, if it holds several data sets.")
     dataset_revision: str | None = option(None, "Commit, tag or branch of the Hub data set. Local data ignore it.")
-    dataset_split: str | None = option(
-        None, "Split with all clips, which folds, shares or lists divide. Default: train."
-    )
-    audio_column: str = option(
-        "audio", "Column with the sounds, or with the paths of sound files, relative to the table."
-    )
+    dataset_split: str | None = option(None, "Split whose clips folds, shares or lists divide. Default: train.")
+    audio_column: str = option("audio", "Column with the sounds, or with paths of files relative to the table.")
     audio_path: str | None = option(
-        None,
-        "Path of each sound file, made from columns of a local table: 'audio/fold{fold}/{name}.wav'. It is relative to "
-        "the folder of the table or data set. The files become audio_column.",
+        None, "Path of each file, made from columns of a local table and relative to it: 'audio/fold{fold}/{name}.wav'."
     )
-    label_column: str = option(
-        "label", "Column with class names or ids. If it has lists of them, the clips are multi-label."
-    )
-    label_separator: str | None = option(
-        None, "Text that separates the class names in a cell, if clips are multi-label and have no lists."
-    )
-    clip_column: str | None = option(
-        None, "Column with a unique name for each clip. Default: the path of the sound, or the row number."
-    )
-    group_column: str | None = option(
-        None, "Column with the source recording of a clip. A recording in two splits is a leak."
-    )
-    labels: list[str] | None = option(
-        None, "Class names in the order of the model's outputs. Default: all in the training clips, sorted."
-    )
-    drop_labels: list[str] | None = option(
-        None, "Classes to leave out. Clips of these classes alone are left out as well."
-    )
+    label_column: str = option("label", "Column with class names or ids. Lists of them make the clips multi-label.")
+    label_separator: str | None = option(None, "Text between the class names in a cell of multi-label clips.")
+    clip_column: str | None = option(None, "Column with unique names of the clips. Default: paths or row numbers.")
+    group_column: str | None = option(None, "Column with the source recording of a clip. Each should be in one split.")
+    labels: list[str] | None = option(None, "Class names in the order of the outputs. Default: those in train, sorted.")
+    drop_labels: list[str] | None = option(None, "Classes to leave out, and with them clips that have no other class.")
     fold_column: str | None = option(None, "Column with the official fold. Default: fold.")
     train_folds: list[str] | None = option(None, "Folds to train on. Default: 1 to 8.")
     validation_folds: list[str] | None = option(None, "Folds that choose the checkpoint. Default: 9.")
     test_folds: list[str] | None = option(None, "Folds to score once, at the end. Default: 10.")
     train_split: str | None = option(None, "Instead of folds: the data set's own split to train on.")
-    validation_split: str | None = option(
-        None, "Instead of folds: the data set's own split that chooses the checkpoint."
-    )
-    test_split: str | None = option(None, "Instead of folds: the data set's own split to score once, at the end.")
+    validation_split: str | None = option(None, "Instead of folds: the own split that chooses the checkpoint.")
+    test_split: str | None = option(None, "Instead of folds: the own split to score once, at the end.")
     split_shares: list[float] | None = option(
-        None,
-        "Instead of folds: shares of train, validation and test, for example 0.8 0.1 0.1. Whole source "
-        "recordings are drawn at random, stratified by class.",
-        "(0, 1)",
+        None, "Instead of folds: random shares of train, validation and test, such as 0.8 0.1 0.1.", "(0, 1)"
     )
-    split_seed: int | None = option(
-        None, "Seed for split_shares. The seed of the training does not matter. Default: 0.", SEEDS
-    )
+    split_seed: int | None = option(None, "Seed of split_shares, apart from that of the training. Default: 0.", SEEDS)
     validation_list: str | None = option(
-        None,
-        "Instead of folds: text file with one name of a validation clip in each line. The path is relative "
-        "to the folder of a local data set.",
+        None, "Instead of folds: file with the name of a validation clip in each line, relative to a local data set."
     )
-    test_list: str | None = option(
-        None, "The same for the test clips. All clips that are in neither list are trained on."
-    )
+    test_list: str | None = option(None, "The same for the test clips. Clips that are in neither list are trained on.")
     drop_leaks: bool = option(False, "Leave out training clips whose source recording is also in validation or test.")
-    on_bad_clip: Literal["error", "skip"] = option(
-        "error", "What to do with clips that are damaged, empty or silent, or that contain NaN."
-    )
+    on_bad_clip: Literal["error", "skip"] = option("error", "What to do with damaged, empty or silent clips.")
     channel: Literal["mean", "first"] = option("mean", "Mix channels to their mean, or take the first one.")
-    preprocessing_num_workers: int | None = option(
-        None, "Processes that compute features. Default: one for each core.", "[1, inf)"
-    )
+    preprocessing_num_workers: int | None = option(None, "Processes that compute features. Default: cores.", "[1, inf)")
 
     def __post_init__(self):
         check_values(self)
-        if self.dataset_dir and self.dataset_config:
-            raise UserError(
-                f"dataset_dir and dataset_config must not both be set, got {self.dataset_dir!r} and "
-                f"{self.dataset_config!r}; remove one of them"
-            )
         self._check_labels()
         self._choose_division()
         self._check_overlap()
@@ -212,51 +236,34 @@ class DataArguments:
 
     def _choose_division(self) -> None:
         """Check that the fields name one way to divide the data set, and fill in what that way leaves open."""
-        ways = {
-            way: [name for name in names if getattr(self, name) is not None]
-            for way, names in (
-                ("folds", ("fold_column", *(f"{split}_folds" for split in SPLITS))),
-                ("own splits", tuple(f"{split}_split" for split in SPLITS)),
-                ("random shares", ("split_shares", "split_seed")),
-                ("lists of clips", LISTS),
-            )
+        found = {
+            way: [name for name in names if getattr(self, name) is not None] for way, names in WAYS_TO_DIVIDE.items()
         }
-        if len(found := {way: names for way, names in ways.items() if names}) > 1:
+        found = {way: names for way, names in found.items() if names}
+        if len(found) > 1:
             listed = "; ".join(f"{', '.join(names)} ({way})" for way, names in found.items())
             raise UserError(f"the recipe must divide the data set in one way only, got {listed}; unset all but one way")
-        if ways["own splits"]:
-            self._check_own_splits()
-        elif ways["random shares"]:
-            self._check_shares()
+        way, names = next(iter(found.items()), ("folds", []))
+        missing = [name for name in WAYS_TO_DIVIDE[way] if name not in names]
+        if way in ("own splits", "lists of clips") and missing:
+            raise UserError(f"{missing[0]} must be set together with {names[0]}, got null")
+        if way == "random shares":
+            shares = self.split_shares or []
+            if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
+                raise UserError(
+                    "split_shares must be three numbers that sum to 1 (the shares of train, validation and test), got "
+                    f"{' '.join(map(str, shares)) or 'none'}"
+                )
             self.split_seed = self.split_seed or 0
-        elif lists := ways["lists of clips"]:
-            if missing := [name for name in LISTS if name not in lists]:
-                raise UserError(f"{missing[0]} must be set together with {lists[0]}: a text file with names of clips")
-        else:
+        elif way == "folds":
             self.fold_column = self.fold_column or "fold"
-            for split, default in zip(SPLITS, ([str(fold) for fold in range(1, 9)], ["9"], ["10"]), strict=True):
-                if getattr(self, f"{split}_folds") is None:
-                    setattr(self, f"{split}_folds", default)
-                if not getattr(self, f"{split}_folds"):
-                    raise UserError(f"{split}_folds must name at least one fold, got []")
-        if not self.train_split:
+            for name, default in DEFAULT_FOLDS.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, default)
+                if not getattr(self, name):
+                    raise UserError(f"{name} must name at least one fold, got []")
+        if way != "own splits":
             self.dataset_split = self.dataset_split or "train"
-
-    def _check_own_splits(self) -> None:
-        if missing := [split for split in SPLITS if getattr(self, f"{split}_split") is None]:
-            raise UserError(f"{missing[0]}_split must be set if one of the other splits is: the name of a split")
-        if self.dataset_split is not None:
-            raise UserError(
-                f"dataset_split must not be set together with train_split, got {self.dataset_split!r}; remove it"
-            )
-
-    def _check_shares(self) -> None:
-        shares = self.split_shares or []
-        if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
-            raise UserError(
-                "split_shares must be three numbers that sum to 1 (the shares of train, validation and test), got "
-                f"{' '.join(map(str, shares)) or 'none'}"
-            )
 
     def _check_overlap(self) -> None:
         way = "split" if self.train_split else "folds"
@@ -270,9 +277,9 @@ class DataArguments:
                 )
 
     def _check_columns(self) -> None:
-        for field_name in ("clip_column", "group_column"):
-            if getattr(self, field_name) == self.audio_column:
-                setattr(self, field_name, None)  # without a column, the path of the sound is used
+        for name in ("clip_column", "group_column"):
+            if getattr(self, name) == self.audio_column:
+                setattr(self, name, None)  # without a column, the path of the sound is used
         for one, others in (("label", ("audio", "fold", "clip", "group")), ("fold", ("audio", "clip"))):
             column = getattr(self, f"{one}_column")
             for other in others:
@@ -290,7 +297,7 @@ class DataArguments:
 
 
 def _share_rows(one: str, other: str) -> bool:
-    """Whether two splits of a data set overlap, such as train and train[90%:]; each split may have any length."""
+    """Whether two splits of a data set overlap, such as train and train[90%:]. Each split may have any length."""
 
     def parts(split: str) -> list[tuple[str, int, int]]:
         lengths = dict.fromkeys(re.findall(r"(?:^|\+)\s*([\w.]+)", split), 10**9)
@@ -316,16 +323,10 @@ class FeatureArguments:
 
     sampling_rate: int | None = option(None, "Sampling rate in Hz to which clips are resampled.", "[1000, inf)")
     num_mel_bins: int | None = option(None, "Number of mel bands.", "[4, inf)")
-    max_length: int | None = option(
-        None, "Number of frames of 10 ms that the model sees: 400 for 4 s, 1024 for 10.24 s.", "[1, inf)"
-    )
+    max_length: int | None = option(None, "Frames of 10 ms that the model sees: 400 for 4 s.", "[1, inf)")
     # HfArgumentParser parses a union with `str` as text. __post_init__ makes it a number.
-    mean: float | str | None = option(
-        None, "Mean of the log-mel values. auto computes it from the training clips.", "(-inf, inf)"
-    )
-    std: float | str | None = option(
-        None, "Standard deviation of the log-mel values. auto computes it from the training clips.", "(0, inf)"
-    )
+    mean: float | str | None = option(None, "Mean of the log-mel, or auto: that of the training clips.", "(-inf, inf)")
+    std: float | str | None = option(None, "Their standard deviation, or auto: that of the training clips.", "(0, inf)")
     convention: Literal["kaldi", "librosa"] | None = option(
         None,
         "Log-mel of a model with `waveform`. kaldi: that of ASTFeatureExtractor. librosa: that of PANNs, with frames "
@@ -334,7 +335,12 @@ class FeatureArguments:
     )
 
     def __post_init__(self):
-        self.mean, self.std = (_number_or_auto(name, getattr(self, name)) for name in ("mean", "std"))
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            try:
+                setattr(self, name, value if value in (None, "auto") else float(value))
+            except ValueError as error:
+                raise UserError(f"{name} must be a number or auto, got {value!r}") from error
         check_values(self)
 
     @property
@@ -352,13 +358,11 @@ class AugmentationArguments:
     random_crop: bool = option(True, "Take a random window of longer clips, and put shorter clips at a random place.")
     time_roll: int = option(0, "Roll each clip by a random number of frames up to this, either way.", "[0, inf)")
     roll_padded: bool = option(
-        False,
-        "time_roll rolls the padded window, with its masks and noise, by -time_roll to time_roll - 1 frames, as AST's "
-        "authors do. Spectrograms only.",
+        False, "Spectrograms: time_roll rolls the padded window with its masks and noise, as AST's authors do."
     )
     filter_gain: float = option(
         0.0,
-        "Largest gain of a random filter, in normalised units: 10 dB are ln(10) / (2 * std), about 0.25.",
+        "Largest gain of a random filter in normalised units. 10 dB are ln(10) / (2 * std), about 0.25.",
         "[0, inf)",
     )
     frequency_shift: int = option(0, "Shift by a random number of mel bands up to this, up or down.", "[0, inf)")
@@ -367,25 +371,17 @@ class AugmentationArguments:
     frequency_mask: int = option(0, "SpecAugment: widest frequency mask in mel bands. 0 turns it off.", "[0, inf)")
     frequency_masks: int = option(1, "SpecAugment: number of frequency masks in each clip.", "[0, inf)")
     mask_value: Literal["mean", "padding"] = option(
-        "mean",
-        "SpecAugment: value of the masks. mean is 0 after normalisation. padding is (0 - mean) / (2 * std), as AST's "
-        "authors have it.",
+        "mean", "SpecAugment: value of the masks, the mean or that of the padding. AST's authors use the padding."
     )
     augment_after_norm: bool = option(
         False,
-        "CNN14 only: masks and mixup follow the first batch normalisation, and mixup makes one clip of two, as PANNs' "
-        "authors train. A batch of 64 clips becomes 32.",
+        "CNN14: mask and mix after the first batch normalisation. Mixup makes one clip of two, as PANNs' authors do.",
     )
     mixup_alpha: float = option(0.0, "Mixup draws its weights from Beta(alpha, alpha). 0 turns it off.", "[0, inf)")
     mixup_probability: float = option(1.0, "Share of the clips that mixup mixes with another clip.", "[0, 1]")
-    gain: float = option(
-        0.0, "Largest random change of loudness in decibels, up or down. Waveform models only.", "[0, 100]"
-    )
+    gain: float = option(0.0, "Waveform models: largest random change of loudness in dB, up or down.", "[0, 100]")
     noise: float = option(
-        0.0,
-        "Largest level of white noise: a share of a waveform's RMS or, for spectrograms, in the units of the "
-        "model's input (AST's authors use 0.1).",
-        "[0, inf)",
+        0.0, "Largest level of white noise: a share of a waveform's RMS, or in the units of a spectrogram.", "[0, inf)"
     )
 
     def __post_init__(self):
@@ -418,12 +414,12 @@ class ModelArguments:
     _argument_group_name = "model"
 
     architecture: Literal["ast", "vit", "cnn14"] | None = option(
-        None, "Family of the network. An ast can also start from a ViT. Default: that of `model`, or ast."
+        None, "Family of the network. Default: that of `model`, or ast."
     )
     model: str | None = option(
         None,
-        "Hub id or folder of a pretrained AST, DeiT, ViT or CNN14, or of another model that transformers has an audio "
-        "classifier for: wav2vec 2.0, HuBERT, WavLM, Whisper, … Default: random weights.",
+        "Hub id or folder of a pretrained AST, DeiT, ViT or CNN14, or of any other model with an audio classifier in "
+        "transformers: wav2vec 2.0, HuBERT, WavLM, Whisper, … Default: none.",
     )
     model_revision: str | None = option(None, "Commit, tag or branch of the Hub model.")
     model_config: dict[str, Any] | str | None = option(
@@ -431,58 +427,36 @@ class ModelArguments:
     )
     waveform: bool = option(False, "The model takes waveforms and computes the spectrogram on its device.")
     trainable_filters: bool = option(False, "Train the mel filters with the rest of the model. Needs `waveform`.")
-    attn_implementation: str | None = option(
-        None, "sdpa, eager, flash_attention_2, … Default: the choice of transformers."
-    )
+    attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, … Default: transformers chooses.")
     unfreeze_last_layers: int | None = option(
         None, "Train only the last N layers and the head. Default: all layers.", "[0, inf)"
     )
-    freeze_stem: bool = option(
-        True, "Keep the convolutions of wav2vec 2.0 and its relatives as they are, as their authors do."
-    )
+    freeze_stem: bool = option(True, "Do not train the convolutions of wav2vec 2.0 and its relatives.")
     lora: dict[str, Any] | str | None = option(
         None,
-        "Train low-rank changes of the layers (LoRA or DoRA) and the head: fields of peft.LoraConfig, as JSON on the "
-        "command line: '{\"r\": 8}'. The finished model is a plain one. Default target_modules: all linear layers of "
-        "the blocks.",
+        "LoRA or DoRA: train low-rank changes of the layers, and the head. Fields of peft.LoraConfig, as JSON on the "
+        "command line: '{\"r\": 8}'. target_modules is by default all linear layers of the blocks.",
     )
-    patchout_time: int = option(
-        0, "Patchout: number of columns of patches to drop from each training batch.", "[0, inf)"
-    )
-    patchout_frequency: int = option(
-        0, "Patchout: number of rows of patches to drop from each training batch.", "[0, inf)"
-    )
-    head_learning_rate: float | None = option(
-        None, "Learning rate of the classification head. Default: learning_rate.", "[0, inf)"
-    )
+    patchout_time: int = option(0, "Patchout: columns of patches to drop from each training batch.", "[0, inf)")
+    patchout_frequency: int = option(0, "Patchout: rows of patches to drop from each training batch.", "[0, inf)")
+    head_learning_rate: float | None = option(None, "Learning rate of the head. Default: learning_rate.", "[0, inf)")
     layer_decay: float = option(1.0, "Ratio of a layer's learning rate to that of the layer above it.", "(0, 1]")
     match_parameters: int | str | None = option(
         None,
-        "Size the model to this number of parameters, or to that of a finished run folder. Sets intermediate_size of "
-        "an AST or ViT, or width of a CNN14, in model_config. Needs random weights.",
+        "Size a model with random weights to this number of parameters, or to that of a finished run folder. Sets "
+        "intermediate_size of an AST or ViT, or width of a CNN14, in model_config.",
         "[1, inf)",
     )
     weights_by_name: bool = option(
         False,
-        "Draw each random weight by the seed and the name of the weight. Weights of the same name and shape are then "
-        "the same in models of different sizes. crossval.py sets this if it compares recipes.",
+        "Draw each random weight by the seed and its name, so that models of different sizes have equal weights where "
+        "names and shapes are equal. crossval.py sets this if it compares recipes.",
     )
 
     def __post_init__(self):
         self.match_parameters = _number_of_parameters(self.match_parameters)
+        self.model_config, self.lora = _mapping("model_config", self.model_config), _mapping("lora", self.lora)
         check_values(self)
-        self.model_config = _mapping("model_config", self.model_config)
-        self.lora = _mapping("lora", self.lora)
-        if self.lora is not None and self.unfreeze_last_layers is not None:
-            raise UserError(
-                f"unfreeze_last_layers must be left out with lora, which freezes all but the head, got "
-                f"{self.unfreeze_last_layers}"
-            )
-        if self.match_parameters is not None and self.model is not None:
-            raise UserError(
-                f"match_parameters must not be set together with model, got {self.match_parameters} and "
-                f"{self.model!r}; pretrained weights have a size of their own"
-            )
 
 
 @dataclass
@@ -492,19 +466,13 @@ class DendriteArguments:
     _argument_group_name = "dendrites"
 
     pai: dict[str, Any] | str | None = option(
-        None,
-        "Grow dendrites: fields of PAIConfig, as JSON on the command line: '{\"max_dendrites\": 2}'. "
-        "Default: no dendrites.",
+        None, "Grow dendrites: fields of PAIConfig, as JSON on the command line: '{\"max_dendrites\": 2}'."
     )
-    baseline: bool = option(
-        False, "First train the recipe without dendrites, in <output_dir>_baseline; then compare the two."
-    )
+    baseline: bool = option(False, "Also train without dendrites, in <output_dir>_baseline, and compare the two runs.")
 
     def __post_init__(self):
-        check_values(self)
         self.pai = _mapping("pai", self.pai)
-        if self.baseline and self.pai is None:
-            raise UserError("baseline must be false without a `pai` block, got true; there are no dendrites to compare")
+        check_values(self)
 
 
 @dataclass
@@ -514,26 +482,17 @@ class RunArguments(TrainingArguments):
     _argument_group_name = "training"
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto",
-        "auto: bf16 if the hardware computes in it, else fp16 on CUDA, else fp32. The flags bf16 and fp16 override it.",
+        "auto", "auto: bf16 if the hardware computes in it, else fp16 on CUDA, else fp32. bf16 and fp16 override it."
     )
     loss: Literal["auto", "cross_entropy", "bce"] = option(
-        "auto", "bce is the binary cross-entropy of each class. auto: bce for multi-label clips, else cross_entropy."
+        "auto", "auto: bce, the binary cross-entropy of each class, for multi-label clips, else cross_entropy."
     )
-    distill_from: str | None = option(
-        None, "Finished run folder or Hub id of a teacher. Its scores are mixed into the labels."
-    )
+    distill_from: str | None = option(None, "Run folder or Hub id of a teacher. Its scores are mixed into the labels.")
     distillation: float = option(0.5, "Share of the teacher's scores in the labels.", "(0, 1]")
-    window_overlap: float = option(
-        0.5,
-        "Clips longer than max_length are scored in windows. This share of a window overlaps the next one.",
-        "[0, 1)",
-    )
+    window_overlap: float = option(0.5, "Share of a window that the next window of a long clip overlaps.", "[0, 1)")
     window_aggregation: Literal["mean", "max"] = option("mean", "How the logits of a clip's windows are combined.")
     balanced_sampling: bool = option(False, "Draw training clips with replacement, clips of rare classes more often.")
-    class_weights: Literal["auto"] | None = option(
-        None, "auto: weight each class in the loss by its inverse frequency among the training clips."
-    )
+    class_weights: Literal["auto"] | None = option(None, "auto: weight classes by their inverse frequency.")
     total_batch_size: int | None = option(
         None,
         "Clips of an optimizer step, over all processes. A process takes at most per_device_train_batch_size at once "
@@ -541,29 +500,20 @@ class RunArguments(TrainingArguments):
         "[1, inf)",
     )
     lr_step_decay: float | None = option(
-        None,
-        "Multiply the learning rate by this after lr_step_start epochs, and again every lr_step_every epochs. Needs "
-        "lr_scheduler_type: constant_with_warmup.",
-        "(0, 1]",
+        None, "Factor of the learning rate after lr_step_start epochs and every lr_step_every epochs.", "(0, 1]"
     )
     lr_step_start: int = option(1, "Epochs before the first step of lr_step_decay.", "[1, inf)")
     lr_step_every: int = option(1, "Epochs between two steps of lr_step_decay.", "[1, inf)")
-    early_stopping_patience: int | None = option(
-        None, "Stop after this number of evaluations without improvement. Default: never.", "[1, inf)"
-    )
-    average_checkpoints: int | None = option(
-        None, "End with the mean weights of the last N checkpoints, not with the best checkpoint.", "[2, inf)"
-    )
-    ema_decay: float | None = option(
-        None, "Evaluate, and end with, a moving average of the weights. 0.999 averages about 1,000 steps.", "(0, 1)"
-    )
+    early_stopping_patience: int | None = option(None, "Stop after N evaluations without improvement.", "[1, inf)")
+    average_checkpoints: int | None = option(None, "End with the mean weights of the last N checkpoints.", "[2, inf)")
+    ema_decay: float | None = option(None, "Evaluate, and end with, a moving average of the weights.", "(0, 1)")
     eval_strategy: Literal["no", "steps", "epoch"] = option("epoch", "When to evaluate.")
     save_strategy: Literal["no", "steps", "epoch", "best"] = option("epoch", "When to save a checkpoint.")
     logging_steps: float = option(10, "Log every N steps. A number below 1 is a share of the training.", "(0, inf)")
     save_total_limit: int | None = option(2, "Number of checkpoints to keep. The best one is always kept.", "[1, inf)")
     load_best_model_at_end: bool = option(True, "End with the best checkpoint.")
     metric_for_best_model: str | None = option(
-        "accuracy", f"Validation metric that chooses the checkpoint: {', '.join(SCORES)} or loss."
+        "accuracy", f"Metric that chooses the checkpoint: {', '.join(SCORES)} or loss."
     )
     lr_scheduler_type: SchedulerType = option("cosine", "How the learning rate changes over the training.")
     card_note: str | None = option(None, "Text for the model card, such as the differences from a published training.")
@@ -573,7 +523,7 @@ class RunArguments(TrainingArguments):
     )
     # Otherwise early stopping forgets, when a run resumes, how many evaluations brought no improvement.
     restore_callback_states_from_checkpoint: bool = option(
-        True, "Restore the state of callbacks, such as early stopping, when a run resumes."
+        True, "Resume callbacks, such as early stopping, with their state."
     )
     # The collator needs a row's `draw`, which is not an argument of any model's forward.
     remove_unused_columns: bool = option(False, "Must stay false, because the collator needs all columns.")
@@ -581,9 +531,8 @@ class RunArguments(TrainingArguments):
     def __post_init__(self):
         check_values(self)
         self._check_metric()
-        self.check_loss(self.loss)
-        self._check_combinations()
-        self._check_averages()
+        self._check_save_limit()
+        self._check_trackers()
         for name in self._VALID_DICT_FIELDS:
             if str(getattr(self, name)).startswith("{"):
                 setattr(self, name, _mapping(name, getattr(self, name)))
@@ -610,54 +559,24 @@ class RunArguments(TrainingArguments):
         self.metric_for_best_model = metric = self.metric_for_best_model.removeprefix("eval_")
         if metric not in (*SCORES, "loss"):
             raise UserError(f"metric_for_best_model must be {', '.join(SCORES)} or loss, got {metric!r}")
-        greater = metric != "loss"
-        if self.greater_is_better not in (None, greater):
+        if self.greater_is_better not in (None, metric != "loss"):
             raise UserError(
-                f"greater_is_better must be {str(greater).lower()} for metric_for_best_model: {metric}, got "
-                f"{str(not greater).lower()}; leave it out"
+                f"greater_is_better must be {_shown(metric != 'loss')} for metric_for_best_model: {metric}, got "
+                f"{_shown(self.greater_is_better)}; leave it out"
             )
 
-    def check_loss(self, loss: str) -> None:
-        """Check that the other fields fit a loss. Only the data tell which loss `auto` means.
-
-        Raises:
-            UserError: They do not fit.
-        """
-        if loss == "bce" and self.label_smoothing_factor:
+    def _check_save_limit(self) -> None:
+        count, limit = self.average_checkpoints, self.save_total_limit
+        if count is None or limit is None:
+            return
+        needed = count + (self.metric_for_best_model is not None)  # the best checkpoint may be an older one
+        if limit < needed:
             raise UserError(
-                f"label_smoothing_factor must be 0 with loss: bce, got {self.label_smoothing_factor}; it smooths the "
-                "labels of the cross-entropy"
+                f"save_total_limit must be at least {needed} with average_checkpoints: {count}, got {limit}; the run "
+                f"keeps the last {count} checkpoints{' and the best one' if needed > count else ''}"
             )
 
-    def _check_combinations(self) -> None:
-        if self.bf16 and self.fp16:
-            raise UserError("bf16 and fp16 must not both be true; set one of them, or set precision instead")
-        if self.balanced_sampling and self.train_sampling_strategy != "random":
-            raise UserError(
-                "train_sampling_strategy must be random with balanced_sampling: true, got "
-                f"{self.train_sampling_strategy!r}"
-            )
-        if self.balanced_sampling and self.class_weights:
-            raise UserError(
-                "class_weights must be left out with balanced_sampling: true, because both make up for rare classes; "
-                "choose one of them"
-            )
-        if self.lr_step_decay is not None and self.lr_scheduler_type != "constant_with_warmup":
-            raise UserError(
-                "lr_scheduler_type must be constant_with_warmup with lr_step_decay, got "
-                f"{SchedulerType(self.lr_scheduler_type).value!r}"
-            )
-        if self.early_stopping_patience is not None and self.eval_strategy == "no":
-            raise UserError(
-                "eval_strategy must be steps or epoch with early_stopping_patience, got 'no'; without evaluations "
-                "nothing can stop the training"
-            )
-        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
-            raise UserError("dataloader_persistent_workers must be false with dataloader_num_workers: 0, got true")
-        if self.remove_unused_columns:
-            raise UserError("remove_unused_columns must be false, got true; augmentation needs the column `draw`")
-        if self.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
-            raise UserError("hub_strategy must be end, every_save or checkpoint, got 'all_checkpoints'")
+    def _check_trackers(self) -> None:
         trackers = get_available_reporting_integrations()
         asked = self.report_to if self.report_to not in (["all"], ["none"], None) else []
         if missing := [name for name in asked if name not in trackers]:
@@ -693,21 +612,6 @@ class RunArguments(TrainingArguments):
             )  # fmt: skip
         return steps
 
-    def _check_averages(self) -> None:
-        count, limit = self.average_checkpoints, self.save_total_limit
-        if count is None:
-            return
-        if self.ema_decay is not None:
-            raise UserError("average_checkpoints and ema_decay must not both be set: both average the weights")
-        if self.save_strategy == "no":
-            raise UserError("save_strategy must be epoch or steps with average_checkpoints, got 'no'")
-        needed = count + (self.metric_for_best_model is not None)  # the best checkpoint may be an older one
-        if limit is not None and limit < needed:
-            raise UserError(
-                f"save_total_limit must be at least {needed} with average_checkpoints: {count}, got {limit}; the run "
-                f"keeps the last {count} checkpoints{' and the best one' if needed > count else ''}"
-            )
-
 
 @dataclass
 class Recipe:
@@ -722,18 +626,8 @@ class Recipe:
     chosen: frozenset[str] = frozenset()  # names of the fields that YAML or the command line set
 
     def __post_init__(self):
-        if self.training.ema_decay is not None and self.dendrites.pai is not None:
-            raise UserError(
-                "ema_decay must not be set together with pai: a moving average cannot follow a model that grows; use "
-                "average_checkpoints"
-            )
-        if self.model.lora is not None and self.dendrites.pai is not None:
-            raise UserError("lora must be left out with pai: dendrites cannot grow on layers that LoRA changes")
-        if self.model.match_parameters is not None and self.dendrites.pai is not None:
-            raise UserError(
-                f"match_parameters must not be set together with pai, got {self.model.match_parameters}; it sizes a "
-                f"model without dendrites"
-            )
+        parts = (self.data, self.features, self.augmentation, self.model, self.dendrites, self.training)
+        check_rules({name: value for part in parts for name, value in vars(part).items()})
 
     def baseline(self) -> "Recipe":
         """The same recipe without dendrites, with a run folder of its own next to this one's."""
@@ -762,33 +656,28 @@ class Recipe:
 
 
 def resolve_precision(asked: str, use_cpu: bool = False) -> str:
-    """The precision to train in on this machine.
+    """The precision to train in on this machine: fp32, bf16 or fp16.
 
     Args:
         asked: auto, fp32, bf16 or fp16.
         use_cpu: Whether to train on the CPU even if there is a GPU.
 
-    Returns:
-        fp32, bf16 or fp16.
-
     Raises:
-        UserError: The hardware does not have the precision that the recipe asks for.
+        UserError: The hardware does not have this precision.
     """
     cuda = torch.cuda.is_available() and not use_cpu
     if cuda:
-        bf16, fp16 = torch.cuda.is_bf16_supported(including_emulation=False), True
-        hardware = torch.cuda.get_device_name()
-    else:
-        # Any CPU runs bf16 autocast, but it is faster than fp32 only with these instructions.
-        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        fp16, hardware = False, "a CPU"
+        hardware, fast_bf16 = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # any CPU runs bf16 autocast, but it is faster than fp32 only with these instructions
+        hardware = "a CPU"
+        fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if asked == "auto":
-        return "bf16" if bf16 else "fp16" if fp16 else "fp32"
-    if asked == "fp16" and not fp16:
-        raise UserError(f"precision must be bf16, fp32 or auto on {hardware}, got 'fp16'; fp16 needs a CUDA GPU")
-    if asked == "bf16" and cuda and not bf16:
+        return "bf16" if fast_bf16 else "fp16" if cuda else "fp32"
+    allowed = ["bf16"] * (fast_bf16 or not cuda) + ["fp16"] * cuda + ["fp32"]
+    if asked not in allowed:
         raise UserError(
-            f"precision must be fp16, fp32 or auto on {hardware}, got 'bf16'; bf16 needs an Ampere GPU or a newer one"
+            f"precision must be {', '.join(allowed)} or auto on {hardware}, got {asked!r}; fp16 needs a CUDA GPU, and "
+            f"bf16 needs an Ampere GPU or a newer one"
         )
     return asked
 
@@ -803,16 +692,6 @@ def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | 
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{name} must be a mapping of fields to values, got {value!r}")
     return value
-
-
-def _number_or_auto(name: str, value: float | str | None) -> float | str | None:
-    """Convert text from the command line or YAML to a number, unless it is auto."""
-    if value is None or value == "auto":
-        return value
-    try:
-        return float(value)
-    except ValueError as error:
-        raise UserError(f"{name} must be a number or auto, got {value!r}") from error
 
 
 def _number_of_parameters(value: int | str | None) -> int | None:

@@ -1,25 +1,24 @@
-"""What dendrites cost: live perforatedai, the exported form and the plain layer, on AST-base.
+"""The cost of dendrites: live perforatedai, the exported form and the plain layer, on AST-base.
 
     PYTHONPATH=. python benchmarks/dendrites.py [--dendrites 1 2 3] [--batch_size 1] [--rounds 15] [--device cuda]
 
-Layer by layer and for the whole model, all variants one after the other in each round (A B A B …), in evaluation and
-without gradients; medians of the ratios within a round. "share" is the multiplications of the dendritic layer or model
-by those of the plain one; a ratio of time divided by it is the cost beside the products, wanted at most 1.10 for the
-export. The last line is JSON. The whole model has dendrites where the recipe grows them: classifier and the last
-block's MLP.
+Times single layers and the whole model, in turns (A B A B …), in evaluation and without gradients, and prints medians
+of the ratios within a round. "share" is the multiplications of the dendritic layer or model divided by those of the
+plain one. A ratio of time divided by the share is the cost beside the products. It should be at most 1.10 for the
+export. The last line is JSON. The whole model has dendrites where the recipe grows them: classifier and last MLP.
 """
 
 import argparse
 import contextlib
 import io
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from pandas import DataFrame
+from timing import in_turns, parser
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
 
@@ -31,11 +30,11 @@ GROWN = ("classifier.dense", f"{BLOCK}.fc1", f"{BLOCK}.fc2")
 
 
 def perforate(model: nn.Module, names: tuple[str, ...], ranks: dict[str, int], forward: Callable, count: int) -> None:
-    """Put `count` dendrites of perforatedai on the named layers, with random weights, in silence.
+    """Put `count` dendrites of perforatedai on the named layers, with random weights, without its messages.
 
     Args:
-        ranks: Dimensions of each layer's output, the neurons the last.
-        forward: Runs the model and gives a scalar.
+        ranks: Number of dimensions of the output of each layer, the neurons in the last one.
+        forward: Runs the model and returns a scalar.
     """
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         from perforatedai import globals_perforatedai as GPA
@@ -97,30 +96,10 @@ def model_variants(arguments: argparse.Namespace, count: int) -> tuple[dict[str,
 
 
 def multiplications(config: ASTConfig, tokens: int) -> int:
-    """Of one forward of AST for a clip: patches, attention, MLPs and head."""
+    """Multiplications of a forward pass of AST over a clip: patches, attention, MLPs and head."""
     width, inner = config.hidden_size, config.intermediate_size
     layer = tokens * (4 * width**2 + 2 * width * inner) + 2 * tokens**2 * width
     return tokens * width * config.patch_size**2 + config.num_hidden_layers * layer + width * config.num_labels
-
-
-def measure(variants: dict[str, Callable], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; a round repeats the short ones until they last 5 ms."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-
-    def seconds(run: Callable, times: int) -> float:
-        wait()
-        start = time.perf_counter()
-        for _ in range(times):
-            run()
-        wait()
-        return (time.perf_counter() - start) / times
-
-    times = {name: max(1, round(0.005 / seconds(run, 3))) for name, run in variants.items()}
-    taken = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, run in variants.items():
-            taken[name].append(seconds(run, times[name]))
-    return taken
 
 
 def cases(arguments: argparse.Namespace, count: int) -> dict[str, tuple[dict[str, Callable], float]]:
@@ -136,27 +115,22 @@ def cases(arguments: argparse.Namespace, count: int) -> dict[str, tuple[dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dendrites", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--frames", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    options = parser(__doc__, rounds=15, batch_size=1)
+    options.add_argument("--dendrites", type=int, nargs="+", default=[1, 2, 3])
+    options.add_argument("--frames", type=int, default=400)
+    arguments = options.parse_args()
     torch.manual_seed(0)
     results = []
     for count in arguments.dendrites:
         for name, (variants, share) in cases(arguments, count).items():
             with torch.no_grad():
-                seconds = measure(variants, arguments.rounds, arguments.device)
-            plain = seconds.pop("plain")
-            print(f"{count} dendrites, {name}: plain {1000 * statistics.median(plain):.3f} ms, share × {share:.3f}")
-            result = {"dendrites": count, "case": name, "share": share, "plain_s": statistics.median(plain)}
-            for variant, times in seconds.items():
-                ratio = statistics.median(time / base for time, base in zip(times, plain, strict=True))
+                seconds = DataFrame(in_turns(variants, arguments.rounds, shortest=0.005))
+            plain = seconds["plain"].median()
+            print(f"{count} dendrites, {name}: plain {1000 * plain:.3f} ms, share × {share:.3f}")
+            ratios = seconds.drop(columns="plain").div(seconds["plain"], axis=0).median().to_dict()
+            for variant, ratio in ratios.items():
                 print(f"    {variant:20} × {ratio:.3f}, {ratio / share:.3f} of its share", flush=True)
-                result[variant] = ratio
-            results.append(result)
+            results.append({"dendrites": count, "case": name, "share": share, "plain_s": plain, **ratios})
     print(json.dumps(vars(arguments) | {"threads": torch.get_num_threads(), "results": results}))
 
 

@@ -1,17 +1,17 @@
-"""How often compare.py calls sides significantly different that are equally good, and sides that are not.
+"""How often compare.py finds a significant difference, if both sides are equally good and if they are not.
 
     PYTHONPATH=. python benchmarks/false_alarms.py [--comparisons 4000] [--score accuracy]
 
 Simulates runs of ten classes on 150 source recordings of 1 to 11 clips. The expected accuracy of a run is 70 %, plus
 seed noise with a standard deviation of 0, 3 or 6 points. Its logits add up noise of the recording, of side and
-recording, of run and recording, and of run and clip. Prints, for each number of folds and seeds a side, the share of
-comparisons that are significant at 5 %, in %, as a Markdown table:
+recording, of run and recording, and of run and clip. Prints a Markdown table of the share of comparisons that are
+significant at 5 %, in %, for each number of folds and of seeds on a side:
 
-- paired, unpaired: false alarms of compare.py, with equal or other seeds on both sides. The expected accuracies are
-  equal: with one run a side those of both models, whatever their seeds, because the claim is about two models; with
-  several runs those of both recipes, and seeds scatter the models.
-- power: the same where the other side is 5 points better.
-- bootstrap, hierarchical: for contrast, false alarms about recipes if the percentiles of a bootstrap decide, of
+- paired, unpaired: false alarms of compare.py, with equal or different seeds on both sides. The expected accuracies are
+  equal. With one run on each side, they are those of the two models, because the claim is about two models. With
+  several runs, they are those of the two recipes, and seeds scatter the models.
+- power: the same if the other side is 5 points better.
+- bootstrap, hierarchical: for contrast, false alarms about recipes if the percentiles of a bootstrap decide, either of
   recordings alone, or of runs and recordings.
 """
 
@@ -38,7 +38,7 @@ EXPECTED = (ndtr(NODES + STRENGTHS[:, None]) ** (CLASSES - 1) * norm.pdf(NODES))
 
 
 def strengths(accuracies: np.ndarray) -> np.ndarray:
-    """What the logit of the right class has more than the others, for a run to have this expected accuracy."""
+    """How much higher the logit of the right class must be for a run to have this expected accuracy."""
     return np.interp(accuracies, EXPECTED, STRENGTHS)
 
 
@@ -70,7 +70,7 @@ class Study:
         return found
 
     def runs_of(self, logits: Sequence[np.ndarray], score: str) -> Runs:
-        """What compare.py makes of a side."""
+        """The side in the form of compare.py."""
         found = []
         for (fold, _), one in zip(self.cells, logits, strict=True):
             mine = self.fold == fold
@@ -84,7 +84,7 @@ def bootstraps(study: Study, sides: Sequence[Sequence[np.ndarray]], times: np.nd
     """Whether the 95 % of draws exclude 0: of recordings, and of recordings and runs. For accuracy and one fold.
 
     Args:
-        study, sides: The clips, and what `Study.sides` gives for them.
+        study, sides: The clips, and the result of `Study.sides`.
         times: (draws, recordings), how often a draw has each recording.
     """
     clips = times @ np.bincount(study.group, minlength=RECORDINGS)
@@ -122,7 +122,7 @@ def rates(random: np.random.Generator, noise: float, folds: int, seeds: int, opt
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comparisons", type=int, default=4000, help="Of each cell.")
+    parser.add_argument("--comparisons", type=int, default=4000, help="Number for each cell of the table.")
     parser.add_argument("--score", choices=list(SCORES), default="accuracy")
     options = parser.parse_args()
     rows = [["seed noise, points", "folds", "seeds", *COLUMNS]]

@@ -2,11 +2,10 @@
 
     python benchmarks/features.py
 
-The stock path is a batched `datasets.map` that decodes with soundfile, takes the mean over the channels,
-resamples with `torchaudio.functional.resample` (as the transformers pipeline does) and calls
-`ASTFeatureExtractor`. Both run in turns, A B A B, on the same clips and processes, each time with an empty
-cache; medians are printed, the last line is JSON. Two parts are measured alone, on one core: resampling, and
-the filter bank (`--device cuda` computes ours there).
+The stock path is a batched `datasets.map` that decodes with soundfile, takes the mean over the channels, resamples with
+`torchaudio.functional.resample` (as the transformers pipeline does) and calls `ASTFeatureExtractor`. Both run in turns,
+A B A B, on the same clips and processes, each time with an empty cache. Prints medians, and a last line of JSON. Two
+parts are measured alone, on one core: resampling, and the filter bank (`--device cuda` computes ours there).
 """
 
 import argparse
@@ -16,8 +15,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ import soundfile
 import soxr
 import torch
 import torchaudio
+from timing import medians, seconds
 from transformers import ASTFeatureExtractor
 
 from audio_dendrites.data.features import BatchedASTFeatureExtractor, extract_features
@@ -56,7 +54,7 @@ def wav_bytes(row: int) -> bytes:
 
 def stock_batch(batch: dict[str, list], extractor: ASTFeatureExtractor) -> dict[str, Any]:
     """One batch of the stock path."""
-    torch.set_num_threads(1)  # as ours: one process a core
+    torch.set_num_threads(1)  # as ours: one process for each core
     waveforms = []
     for audio in batch["audio"]:
         samples, rate = soundfile.read(io.BytesIO(audio["bytes"]), dtype="float32", always_2d=True)
@@ -66,35 +64,14 @@ def stock_batch(batch: dict[str, list], extractor: ASTFeatureExtractor) -> dict[
 
 
 def map_stock(clips: datasets.Dataset, num_proc: int) -> datasets.Dataset:
-    """The stock path's cache."""
-    return clips.map(
-        partial(stock_batch, extractor=ASTFeatureExtractor(max_length=1024)),
-        batched=True,
-        batch_size=32,
-        remove_columns=["audio"],
-        num_proc=num_proc,
-    )
+    """The cache of the stock path."""
+    stock = partial(stock_batch, extractor=ASTFeatureExtractor(max_length=1024))
+    return clips.map(stock, batched=True, batch_size=32, remove_columns=["audio"], num_proc=num_proc)
 
 
 def map_ours(clips: datasets.Dataset, num_proc: int) -> datasets.Dataset:
     """Our cache."""
     return extract_features(clips, BatchedASTFeatureExtractor(), num_proc=num_proc)
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall clock time of one call, to the end of what it started on a GPU."""
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def in_turns(stock: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median seconds of both, after one call each to warm up."""
-    stock(), ours()
-    times = [(seconds(stock), seconds(ours)) for _ in range(repeats)]
-    return tuple(statistics.median(column) for column in zip(*times, strict=True))
 
 
 def measure_mapping(clip_count: int, num_proc: int, repeats: int) -> dict[str, float]:
@@ -114,44 +91,34 @@ def measure_mapping(clip_count: int, num_proc: int, repeats: int) -> dict[str, f
                 times[path].append(seconds(partial(path, clips, num_proc)))
                 sizes[path] = sum(file.stat().st_size for file in fresh.glob("cache-*"))
                 shutil.rmtree(fresh)
-    return {
-        "stock_s": statistics.median(times[map_stock]),
-        "ours_s": statistics.median(times[map_ours]),
-        "stock_bytes": sizes[map_stock],
-        "ours_bytes": sizes[map_ours],
-    }
+    found = {f"{path.__name__.removeprefix('map_')}_s": statistics.median(taken) for path, taken in times.items()}
+    return found | {"stock_bytes": sizes[map_stock], "ours_bytes": sizes[map_ours]}
 
 
-def measure_filter_bank(device: str, repeats: int, clip_count: int = 32) -> tuple[float, float]:
-    """Milliseconds a 4 s clip for the stock extractor and ours, features at the clip's own length."""
+def measure_filter_bank(device: str, rounds: int, clip_count: int = 32) -> list[float]:
+    """Milliseconds for a 4 s clip with the stock extractor and ours, features at the clip's own length."""
     waveforms = [make_clip(row, MODEL_RATE)[:, 0] for row in range(clip_count)]
     ours = BatchedASTFeatureExtractor(max_length=398)
-    stock = ours.stock()
-    times = in_turns(
-        lambda: stock(waveforms, sampling_rate=MODEL_RATE), lambda: ours.log_mel(waveforms, device), repeats
-    )
-    return tuple(1000 * value / clip_count for value in times)
+    stock = partial(ours.stock(), waveforms, sampling_rate=MODEL_RATE)
+    taken = medians({"stock": stock, "ours": partial(ours.log_mel, waveforms, device)}, rounds)
+    return [1000 * value / clip_count for value in taken.values()]
 
 
-def measure_resampling(rate: int, repeats: int) -> tuple[float, float]:
-    """Milliseconds a 4 s clip for torchaudio and soxr."""
+def measure_resampling(rate: int, rounds: int) -> list[float]:
+    """Milliseconds for a 4 s clip with torchaudio and soxr."""
     waveform = make_clip(0, rate)[:, 0].copy()
-    times = in_turns(
-        lambda: torchaudio.functional.resample(torch.from_numpy(waveform), rate, MODEL_RATE),
-        lambda: soxr.resample(waveform, rate, MODEL_RATE, quality="HQ"),
-        repeats,
-    )
-    return tuple(1000 * value for value in times)
+    stock = partial(torchaudio.functional.resample, torch.from_numpy(waveform), rate, MODEL_RATE)
+    ours = partial(soxr.resample, waveform, rate, MODEL_RATE, quality="HQ")
+    return [1000 * value for value in medians({"stock": stock, "ours": ours}, rounds).values()]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--num_proc", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu", help="where our filter bank runs")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--device", default="cpu", help="Device of our filter bank.")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
 
@@ -167,18 +134,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for rate, times in resampling.items():
         print(f"  resample {rate:>6} Hz, ms", compare(*times))
     result = {
-        **vars(options),
-        **mapping,
-        "speed_up": mapping["stock_s"] / mapping["ours_s"],
-        "cache_ratio": mapping["stock_bytes"] / mapping["ours_bytes"],
-        "filter_bank_ms": filter_bank,
+        **vars(options), **mapping, "speed_up": mapping["stock_s"] / mapping["ours_s"],
+        "cache_ratio": mapping["stock_bytes"] / mapping["ours_bytes"], "filter_bank_ms": filter_bank,
         "resample_ms": resampling,
-    }
+    }  # fmt: skip
     print(json.dumps(result))
 
 
 def compare(stock: float, ours: float) -> str:
-    """The columns of one line: both numbers, and how many times less ours is."""
+    """The columns of one line: both numbers, and their ratio."""
     return f" stock {stock:8.2f}  ours {ours:8.2f}  ratio {stock / ours:5.2f}"
 
 

@@ -14,9 +14,20 @@ import av
 import numpy as np
 import pytest
 import soundfile
+import torch
 from datasets import ClassLabel, Dataset, List
 from hub.server import WRITE_TOKEN, Hub
 from pandas import DataFrame
+from torch import nn
+from transformers import (
+    ASTConfig,
+    ASTForAudioClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
 
 from audio_dendrites.results.scores import score, with_predictions
 
@@ -63,6 +74,49 @@ def recording(samples: np.ndarray | None, rate: int, container: str, codec: str,
     return content.getvalue()
 
 
+class SmallCNN(nn.Module):
+    """A convolutional network of no library, with batch statistics. It takes (batch, height, width), 8 by 8 or more."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3, stride=2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, input_values, labels=None):
+        logits = self.head(self.body(input_values[:, None]).amax((2, 3)))
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return loss | {"logits": logits}
+
+
+class Examples(torch.utils.data.Dataset):
+    """Examples of a model's input with the classes 0, 1, 2, 0, …"""
+
+    def __init__(self, field: str, values: torch.Tensor):
+        self.inputs, self.labels = {field: values}, [row % 3 for row in range(len(values))]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        return {name: values[row] for name, values in self.inputs.items()} | {"labels": self.labels[row]}
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "num_labels": 3}
+QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def build(kind: str = "ast", **changes) -> nn.Module:
+    """A tiny model of three classes with weights from seed 0, without dropout: ast, vit, bert or cnn."""
+    set_seed(0)
+    fields = SIZES | QUIET | changes
+    if kind == "vit":
+        return ViTForImageClassification(ViTConfig(**{"image_size": 16, "patch_size": 8, "num_channels": 1} | fields))
+    if kind == "bert":
+        return BertForSequenceClassification(BertConfig(vocab_size=10, max_position_embeddings=16, **fields))
+    strides = {"patch_size": 8, "time_stride": 8, "frequency_stride": 8, "num_mel_bins": 16, "max_length": 16}
+    return SmallCNN() if kind == "cnn" else ASTForAudioClassification(ASTConfig(**strides, **fields))
+
+
 @pytest.fixture
 def online(hub, tmp_path, monkeypatch) -> Hub:
     """The same Hub, and this process logged in to it."""
@@ -71,6 +125,7 @@ def online(hub, tmp_path, monkeypatch) -> Hub:
         if name.startswith("HF_") and name != "HF_DATASETS_CACHE":
             monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the endpoint
     for name, value in {
         "ENDPOINT": hub.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",

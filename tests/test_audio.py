@@ -11,26 +11,25 @@ from conftest import recording
 from audio_dendrites.data.audio import BadClip, load_waveform
 
 PITCH, LEVEL = 1000.0, 0.25
-FORMATS = {  # kind of file → a rate it allows
-    ("WAV", "PCM_U8"): 44100,
-    ("WAV", "PCM_16"): 44100,
-    ("WAV", "PCM_24"): 44100,
-    ("WAV", "PCM_32"): 44100,
-    ("WAV", "FLOAT"): 44100,
-    ("WAV", "DOUBLE"): 44100,
-    ("WAV", "ULAW"): 44100,
-    ("WAV", "ALAW"): 44100,
-    ("WAV", "IMA_ADPCM"): 44100,
-    ("WAV", "MS_ADPCM"): 44100,
-    ("WAV", "GSM610"): 44100,
-    ("WAVEX", "PCM_24"): 44100,
-    ("AIFF", "PCM_16"): 44100,
-    ("FLAC", "PCM_S8"): 44100,
-    ("FLAC", "PCM_16"): 44100,
-    ("FLAC", "PCM_24"): 44100,
-    ("OGG", "VORBIS"): 44100,
-    ("OGG", "OPUS"): 48000,
-    ("MP3", "MPEG_LAYER_III"): 44100,
+FORMATS = {
+    "WAV": [
+        "PCM_U8",
+        "PCM_16",
+        "PCM_24",
+        "PCM_32",
+        "FLOAT",
+        "DOUBLE",
+        "ULAW",
+        "ALAW",
+        "IMA_ADPCM",
+        "MS_ADPCM",
+        "GSM610",
+    ],
+    "WAVEX": ["PCM_24"],
+    "AIFF": ["PCM_16"],
+    "FLAC": ["PCM_S8", "PCM_16", "PCM_24"],
+    "OGG": ["VORBIS", "OPUS"],
+    "MP3": ["MPEG_LAYER_III"],
 }
 
 
@@ -67,9 +66,9 @@ def pitch_of(waveform: np.ndarray, rate: int = 16000) -> float:
     return np.abs(np.fft.rfft(part * np.hanning(len(part)), 2**16)).argmax() * rate / 2**16
 
 
-@pytest.mark.parametrize(("file_format", "subtype"), FORMATS)
+@pytest.mark.parametrize(("file_format", "subtype"), [(kind, one) for kind in FORMATS for one in FORMATS[kind]])
 def test_every_format_keeps_pitch_and_level(file_format, subtype):
-    rate = FORMATS[file_format, subtype]
+    rate = 48000 if subtype == "OPUS" else 44100
     waveform = load(encode(tone(rate), rate, file_format, subtype))
     assert waveform.dtype == np.float32 and waveform.ndim == 1
     assert pitch_of(waveform) == pytest.approx(PITCH, abs=1)
@@ -118,22 +117,16 @@ def test_a_file_that_names_another_one_does_not_open_it(tmp_path, monkeypatch):
         load(playlist, name="dog.m4a")
 
 
-def test_the_models_rate_is_free():
+def test_the_rate_of_the_model_is_free():
     waveform = load(encode(tone(44100), 44100), sampling_rate=32000)
-    assert len(waveform) == 16000
-    assert pitch_of(waveform, 32000) == pytest.approx(PITCH, abs=1)
+    assert len(waveform) == 16000 and pitch_of(waveform, 32000) == pytest.approx(PITCH, abs=1)
 
 
-def test_samples_at_the_models_rate_are_not_touched():
-    np.testing.assert_array_equal(load(encode(tone(16000), 16000, subtype="FLOAT")), tone(16000))
+def test_resampling_removes_what_is_above_the_new_nyquist_frequency():
+    assert amplitude(load(encode(tone(96000, pitch=20000), 96000, subtype="FLOAT"))) < 1e-4 * LEVEL
 
 
-def test_what_lies_above_the_new_nyquist_frequency_is_gone():
-    waveform = load(encode(tone(96000, pitch=20000), 96000, subtype="FLOAT"))
-    assert amplitude(waveform) < 1e-4 * LEVEL
-
-
-@pytest.mark.parametrize("channels", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 2, 8])
 @pytest.mark.parametrize("file_format", ["WAV", "FLAC", "OGG"])
 def test_mono_is_the_mean_over_channels(file_format, channels):
     gains = np.linspace(0.2, 1.0, channels, dtype=np.float32)
@@ -141,19 +134,21 @@ def test_mono_is_the_mean_over_channels(file_format, channels):
     assert amplitude(waveform) == pytest.approx(LEVEL * gains.mean(), rel=0.05)
 
 
-def test_a_path_is_read_where_there_are_no_bytes(tmp_path):
+def test_a_path_is_read_if_there_are_no_bytes_and_samples_at_the_rate_of_the_model_do_not_change(tmp_path):
     path = tmp_path / "tone.wav"
     path.write_bytes(encode(tone(16000), 16000, subtype="FLOAT"))
     np.testing.assert_array_equal(load_waveform({"bytes": None, "path": str(path)}), tone(16000))
+    path.unlink()
+    with pytest.raises(BadClip, match=r"tone.wav: cannot read .*tone.wav: No such file"):
+        load_waveform({"bytes": None, "path": str(path)})
+    with pytest.raises(BadClip, match="clip: the clip has neither bytes nor a path"):
+        load_waveform({"bytes": None, "path": None})
 
 
-def test_a_header_that_a_pipe_left_open_is_no_damage():
+def test_neither_a_header_without_a_size_nor_a_clip_of_one_window_is_damaged():
     content = bytearray(encode(tone(16000), 16000, subtype="PCM_16"))
-    content[4:8] = content[40:44] = b"\xff\xff\xff\xff"
+    content[4:8] = content[40:44] = b"\xff\xff\xff\xff"  # as a program writes to a pipe
     assert len(load(bytes(content))) == 8000
-
-
-def test_a_window_of_25_ms_is_enough():
     assert len(load(encode(tone(16000, seconds=0.025), 16000))) == 400
 
 
@@ -185,19 +180,22 @@ BAD_CLIPS = {
     "empty": (b"", "the file is empty"),
     "text": (b"<html>404 Not Found</html>" * 9, "cannot decode: Invalid data found"),
     "header alone": (encode(tone(16000), 16000)[:40], "cannot decode: .*No 'data' chunk"),
-    "no samples": (encode(np.zeros(0), 16000), "holds no samples"),
+    "no samples": (encode(np.zeros(0), 16000), "has no samples"),
     "nan": (encode(with_sample(np.nan), 16000, subtype="FLOAT"), "NaN or infinite"),
     "infinite": (encode(with_sample(-np.inf), 16000, subtype="FLOAT"), "NaN or infinite"),
-    "zeros": (encode(np.zeros(8000), 16000), "silent, every one of its 8000 samples is 0"),
-    "constant": (encode(np.full(8000, 0.5), 16000), "silent, .* is 0.5"),
+    "zeros": (encode(np.zeros(8000), 16000), "silent, all of its 8000 samples are 0"),
+    "constant": (encode(np.full(8000, 0.5), 16000), "silent, .* are 0.5"),
     "silent mp3": (encode(np.zeros(16000), 16000, "MP3"), "silent"),
     "antiphase": (encode(ANTIPHASE, 16000, subtype="FLOAT"), "silent"),
-    "short": (encode(tone(16000)[:399], 16000), "too short, 399 samples at 16000 Hz, .* takes 400"),
-    "short after resampling": (encode(tone(48000)[:1190], 48000), "too short, 397 samples"),
+    "short": (
+        encode(tone(16000)[:399], 16000),
+        "too short, must have at least 400 samples at 16000 Hz .25 ms., got 399",
+    ),
+    "short after resampling": (encode(tone(48000)[:1190], 48000), "too short, .* got 397"),
     "cut flac": (encode(noise(16000), 16000, "FLAC")[:16000], "cannot decode: .*lost sync"),
     "overwritten flac": (overwritten(encode(noise(16000), 16000, "FLAC")), "cannot decode"),
-    "open flac": (without_length(encode(noise(16000), 16000, "FLAC")), "declares no possible length"),
-    "cut wav": (encode(noise(16000), 16000)[:16000], "truncated, 15956 of 32000 bytes"),
+    "open flac": (without_length(encode(noise(16000), 16000, "FLAC")), "declares an impossible length"),
+    "cut wav": (encode(noise(16000), 16000)[:16000], "truncated, the file has 15956 of 32000 bytes"),
     "cut adpcm": (encode(noise(16000), 16000, "WAV", "IMA_ADPCM")[:4000], "truncated"),
     "cut aiff": (encode(noise(16000), 16000, "AIFF", "PCM_16")[:16000], "truncated"),
     "cut ogg": (encode(noise(64000), 16000, "OGG")[:20000], "truncated, the Ogg stream has no last page"),
@@ -213,14 +211,3 @@ BAD_CLIPS = {
 def test_a_bad_clip_is_refused_with_its_name_and_cause(content, cause):
     with pytest.raises(BadClip, match=f"^dog.wav: .*{cause}"):
         load(content, name="dog.wav")
-
-
-def test_a_missing_file_is_a_bad_clip(tmp_path):
-    path = str(tmp_path / "gone.wav")
-    with pytest.raises(BadClip, match=r"gone.wav: cannot read .*gone.wav: No such file"):
-        load_waveform({"bytes": None, "path": path})
-
-
-def test_a_clip_without_file_is_a_bad_clip():
-    with pytest.raises(BadClip, match="clip: neither bytes nor a path"):
-        load_waveform({"bytes": None, "path": None})

@@ -13,7 +13,7 @@ from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.loading import learning_rates, load_model
-from audio_dendrites.models.panns import ConversionError, convert, main
+from audio_dendrites.models.panns import convert, main
 from audio_dendrites.recipes import ModelArguments
 
 EXTRACTOR = BatchedASTFeatureExtractor(max_length=48, num_mel_bins=16)
@@ -147,9 +147,9 @@ def test_what_is_no_cnn14_checkpoint_says_so(published, tmp_path, damage):
         labels = ["one"]
     if damage != "no file":
         torch.save({"model": tensors}, path)
-    message = {"no file": "No such file", "no tensor": "fc1.weight", "another network": "wanted the tensors of Cnn14",
-               "another window": "found windows of 20", "labels": "found 1, wanted 7"}[damage]  # fmt: skip
-    with pytest.raises(ConversionError, match=message):
+    message = {"no file": "No such file", "no tensor": "fc1.weight", "another network": "the tensors of Cnn14",
+               "another window": "got windows of 20", "labels": "must be 7 names.*got 1"}[damage]  # fmt: skip
+    with pytest.raises(UserError, match=message):
         convert(path, labels)
 
 

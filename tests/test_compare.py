@@ -20,29 +20,21 @@ from audio_dendrites.results.statistics import Difference, Runs, difference, err
 from benchmarks.false_alarms import rates
 
 
-def test_error_reduction_is_the_share_of_errors_that_went():
-    assert error_reduction(0.90, 0.92) == pytest.approx(20)
-    assert error_reduction(0.90, 0.85) == pytest.approx(-50)
+def test_small_statistics_by_hand():
+    assert error_reduction(0.90, 0.92) == pytest.approx(20) and error_reduction(0.90, 0.85) == pytest.approx(-50)
     assert error_reduction(1.0, 0.9) is None
-
-
-def test_mcnemar_is_a_fair_coin_over_the_clips_on_which_the_two_differ():
-    # 6 clips: both right, both wrong, 1 the reference's, 3 the other's. P(at most 1 of 4) twice: 2 · (1 + 4) / 16.
+    # Of 6 clips, 1 is right only for the reference, 3 only for the other. P(at most 1 of 4) twice: 2 · (1 + 4) / 16.
     reference, other = np.array([1, 0, 1, 0, 0, 0], bool), np.array([1, 0, 0, 1, 1, 1], bool)
     assert mcnemar_exact(reference, other) == (1, 3, pytest.approx(10 / 16))
     assert mcnemar_exact(other, other) == (0, 0, 1.0)
-
-
-def test_holm_by_hand():
-    # 0.01 · 3 and 0.03 · 2; 0.04 · 1 is raised to the one before it.
-    found = holm([0.01, 0.04, 0.03])
-    assert [p for p, _ in found] == pytest.approx([0.03, 0.06, 0.06])
-    assert [level for _, level in found] == pytest.approx([1 - 0.05 / 3, 1 - 0.05 * 4 / 6, 1 - 0.05 / 2])
+    # Holm: 0.01 · 3 and 0.03 · 2; 0.04 · 1 is raised to the one before it.
+    p, levels = zip(*holm([0.01, 0.04, 0.03]), strict=True)
+    assert p == pytest.approx([0.03, 0.06, 0.06]) and levels == pytest.approx([1 - 0.05 / 3, 1 - 0.05 / 1.5, 0.975])
     assert holm([0.7, 0.04])[0][0] == 0.7 and holm([0.2]) == [(0.2, pytest.approx(0.95))]
     for value in (0.02, 0.04, 0.06):
         one = Difference(value, [(1e-4, 3), (3e-4, 50)], None)
-        p, level = holm([one.p, 0.012])[0]
-        assert (one.interval(level)[0] > 0) == (p < 0.05)
+        corrected, level = holm([one.p, 0.012])[0]
+        assert (one.interval(level)[0] > 0) == (corrected < 0.05)
 
 
 def multi_class(clips=60, classes=4, seed=0):
@@ -151,7 +143,7 @@ def test_seeds_do_not_make_false_alarms():
 
 
 def animals(folder, wrong, clips=range(40), labels=("cat", "dog"), seed=None, **fields):
-    """A run folder in which the classifier is wrong on the clips `wrong`; two clips a recording."""
+    """A run folder in which the classifier is wrong on the clips `wrong`; two clips for each recording."""
     truth = [0 if clip % 3 else 1 for clip in clips]
     logits = [np.eye(2)[label ^ (clip in wrong)] * 2 for clip, label in zip(clips, truth, strict=True)]
     folder = write_run(folder, labels, clips, [("cat", "dog")[label] for label in truth], logits, **fields)
@@ -164,34 +156,39 @@ def compare(*arguments):
     main([str(argument) for argument in arguments])
 
 
-def test_two_runs_leave_tables_a_page_and_a_picture(tmp_path, capsys):
-    baseline = animals(tmp_path / "base", wrong=range(0, 24))
-    dendritic = animals(tmp_path / "dend", wrong=range(0, 6), parameters=1055, train_steps_per_second=1.6)
+def compared(folder):
+    """The sides of comparison.json."""
+    return json.loads((folder / "comparison.json").read_text())["sides"]
+
+
+def test_two_runs_leave_tables_a_page_a_figure_and_the_numbers_for_their_cards(tmp_path, capsys):
+    baseline = animals(tmp_path / "base", wrong=range(0, 24), multiply_adds=2000)
+    dendritic = animals(
+        tmp_path / "dend", wrong=range(0, 6), parameters=1055, multiply_adds=3000, train_steps_per_second=1.6
+    )
     compare(baseline, dendritic, "--output", tmp_path / "out")
     printed, page = capsys.readouterr().out, (tmp_path / "out" / "comparison.md").read_text()
     for row in (
-        "| side      | runs | accuracy | macro_f1 | mAP    | steps | parameters      | seconds a step   |",
+        "| side      | runs | accuracy | macro_f1 | mAP    | steps | parameters      | multiply adds   | sec",
         "| baseline  | 1    | 0.4000   |",
-        "| 20    | 1,055 (× 1.055) | 0.6250 (× 1.250) |",
+        "| 20    | 1,055 (× 1.055) | 3,000 (× 1.500) | 0.6250 (× 1.250) |",
         "| dendritic        | accuracy | +45.00 | +2",
         "| 75.0 %",
     ):
         assert row in printed and row in page
-    assert "These two models differ: `dendritic` has +45.00 points of accuracy (95 % interval +2" in printed
+    assert "`dendritic` is better than `baseline` by 45.00 points of accuracy (95 % interval +2" in printed
     assert "over recordings, p = " in printed and "Other seeds may give another difference." in printed
     assert "40 test clips of 20 source recordings" in page and str(dendritic) in page
-    assert "`baseline` alone has 0 clips right, `dendritic` alone 18: McNemar's exact p = 7.6e-06" in page
+    assert "Only `baseline` has 0 clips right, only `dendritic` has 18: McNemar's exact p = 7.6e-06" in page
     picture = imread(tmp_path / "out" / "comparison.png")
     assert min(picture.shape[:2]) > 300 and picture.std() > 0.05
+    assert compared(dendritic) == compared(baseline) == compared(tmp_path / "out")
+    assert compared(dendritic)[0]["accuracy"]["mean"] == 0.4 and compared(dendritic)[1]["runs"] == ["dend"]
+    assert compared(dendritic)[1]["error_reduction_percent"] == pytest.approx(75)
 
 
-def test_the_numbers_lie_in_both_run_folders_for_their_cards(tmp_path):
-    baseline, dendritic = animals(tmp_path / "base", wrong=range(24)), animals(tmp_path / "dend", wrong=range(6))
-    compare(baseline, dendritic)
-    found = json.loads((dendritic / "comparison.json").read_text())
-    assert found == json.loads((baseline / "comparison.json").read_text())
-    assert found["sides"][0]["accuracy"]["mean"] == 0.4 and found["sides"][1]["runs"] == ["dend"]
-    assert found["sides"][1]["error_reduction_percent"] == pytest.approx(75)
+def used(lost):
+    return {"dendrites": {"use": {"metric": "accuracy", "lost": lost, "used": lost >= 0.01}}}
 
 
 def test_any_number_of_sides_is_compared_with_the_first(tmp_path, capsys):
@@ -200,33 +197,38 @@ def test_any_number_of_sides_is_compared_with_the_first(tmp_path, capsys):
         "wide": [range(1, 17), range(0, 16), range(2, 19)],
         "dendrites": [range(0, 4), range(0, 5), range(2, 5)],
     }
+    uses = [{"plain": {}, "wide": {}, "dendrites": used(lost)} for lost in (0.2, 0.0, 0.1)]
     sides = {
         name: [
-            animals(tmp_path / f"{name}-{seed}", one, seed=seed, parameters=1000 + 10 * seed)
+            animals(tmp_path / f"{name}-{seed}", one, seed=seed, parameters=1000 + 10 * seed, **uses[seed][name])
             for seed, one in enumerate(runs)
         ]
         for name, runs in wrong.items()
     }
     compare(*(word for name, runs in sides.items() for word in ("--side", name, *runs)), "--output", tmp_path / "out")
     printed = capsys.readouterr().out
-    plain, wide, dendrites = json.loads((tmp_path / "out" / "comparison.json").read_text())["sides"]
-    assert "`dendrites` raises the accuracy of `plain`: +31.67 points of accuracy (95 % interval" in printed
+    plain, wide, dendrites = compared(tmp_path / "out")
+    assert "`dendrites` is better than `plain` by 31.67 points of accuracy (95 % interval +" in printed
     assert "over runs and recordings" in printed and "corrected for 2 comparisons" in printed
-    assert "`wide` does not change the accuracy of `plain` significantly: +0.83 points" in printed
+    assert "`wide` is not significantly different from `plain`: +0.83 points of accuracy (95 % interval -" in printed
+    assert (
+        "The dendrites of `dendrites` are used: 10.0 points of accuracy are lost without their features, on average "
+        "over 3 runs (2 of them use their dendrites)."
+    ) in printed
     assert plain["accuracy"] == {"mean": pytest.approx(0.5833, abs=1e-4), "deviation": pytest.approx(0.0289, abs=1e-4)}
     assert plain["seeds"] == [0, 1, 2] and wide["accuracy"]["p"] > 0.3 and dendrites["accuracy"]["effect_size"] > 3
-    compare("--side", "plain", *sides["plain"], "--side", "dendrites", *sides["dendrites"])
-    alone = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["sides"][1]["accuracy"]
-    assert dendrites["accuracy"]["p"] == pytest.approx(2 * alone["p"])  # the smaller of two p
-    assert dendrites["accuracy"]["low"] < alone["low"] and dendrites["accuracy"]["difference"] == alone["difference"]
     rows = pandas.read_csv(tmp_path / "out" / "comparison.csv")
     assert rows["name"].tolist() == list(wrong) and rows["accuracy.mean"][2] == dendrites["accuracy"]["mean"]
     assert rows["parameters"].tolist() == [1010] * 3
     assert {"macro_f1.deviation", "mAP.low", "mAP.effect_size", "error_reduction_percent", "steps"} <= set(rows)
     assert not list(tmp_path.glob("plain-*/comparison.json"))
+    compare("--side", "plain", *sides["plain"], "--side", "dendrites", *sides["dendrites"])
+    alone = compared(tmp_path / "comparison")[1]["accuracy"]
+    assert dendrites["accuracy"]["p"] == pytest.approx(2 * alone["p"])  # the smaller of two p
+    assert dendrites["accuracy"]["low"] < alone["low"] and dendrites["accuracy"]["difference"] == alone["difference"]
     compare("--side", "plain", *sides["plain"], "--side", "one", sides["wide"][0])
-    one = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["sides"][1]
-    assert one["verdict"].startswith("These models do not differ significantly: `one`") and "mcnemar" not in one
+    one = compared(tmp_path / "comparison")[1]
+    assert one["verdict"].endswith("Other seeds may give another difference.") and "mcnemar" not in one
 
 
 def test_folds_and_seeds_are_put_together(tmp_path, capsys):
@@ -239,36 +241,30 @@ def test_folds_and_seeds_are_put_together(tmp_path, capsys):
     assert "| plain     | 4    | 0.9250 ± 0.0289 |" in printed and "| dendritic | 4    | 0.9750 ± 0.0289 |" in printed
 
 
-def test_unequal_trainings_are_part_of_the_verdict(tmp_path, capsys):
-    compare(animals(tmp_path / "base", {1}), animals(tmp_path / "dend", {2}, steps=30, train_steps_per_second=0))
+def test_the_verdict_says_what_qualifies_the_difference(tmp_path, capsys):
+    base, slow = animals(tmp_path / "base", {1}), animals(tmp_path / "slow", {2}, steps=30, train_steps_per_second=0)
+    compare(base, slow)
     printed = capsys.readouterr().out
     assert "The trainings are not the same: `baseline` took 20 steps, `dendritic` took 30." in printed
     assert "seconds a step" not in printed  # it took none since it was resumed
-
-
-def test_a_difference_that_is_not_significant_is_called_so(tmp_path, capsys):
-    compare(animals(tmp_path / "base", {1, 5, 9, 30}), animals(tmp_path / "dend", {1, 5, 12}))
-    assert "These two models do not differ significantly: `dendritic` has +2.50 points" in capsys.readouterr().out
-    assert (tmp_path / "dend" / "comparison.md").exists()  # the default folder
-
-
-def test_many_clips_of_few_recordings_are_not_significant(tmp_path, capsys):
+    compare(animals(tmp_path / "some", {1, 5, 9, 30}), animals(tmp_path / "few", {1, 5, 12}, **used(0.152)))
+    printed = capsys.readouterr().out
+    assert "`dendritic` is not significantly different from `baseline`: +2.50 points" in printed
+    assert "The dendrites of `dendritic` are used: 15.2 points of accuracy are lost without their features." in printed
+    assert (tmp_path / "few" / "comparison.md").exists()  # the default folder
     # 8 clips won and none lost, but in 4 clips of each of 2 recordings of 12.
-    folders = [animals(tmp_path / "base", range(8)), animals(tmp_path / "dend", ())]
+    folders = [animals(tmp_path / "lost", range(8)), animals(tmp_path / "won", ())]
     for folder in folders:
         table = pandas.read_parquet(folder / "predictions.parquet")
         table.assign(group=[f"{row // 4}" for row in range(40)]).to_parquet(folder / "predictions.parquet", index=False)
     compare(*folders)
-    assert "do not differ significantly" in capsys.readouterr().out
-
-
-def test_dendrites_that_harm_are_said_to(tmp_path, capsys):
-    plain = [animals(tmp_path / f"plain-{seed}", range(seed)) for seed in (0, 1)]
-    harmed = [animals(tmp_path / f"dendrites-{seed}", range(24 + seed)) for seed in (0, 1)]
-    sides = {"plain": plain, "dendrites": harmed}
-    write_comparison(sides, tmp_path)
-    printed = capsys.readouterr().out
-    assert "`dendrites` lowers the accuracy of `plain`: -60.00 points" in printed
+    assert "is not significantly different" in capsys.readouterr().out
+    bad = {
+        "plain": [animals(tmp_path / f"plain-{seed}", range(seed)) for seed in (0, 1)],
+        "harmed": [animals(tmp_path / f"harmed-{seed}", range(24 + seed)) for seed in (0, 1)],
+    }
+    write_comparison(bad, tmp_path)
+    assert "`plain` is better than `harmed` by 60.00 points of accuracy (95 % interval +" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -289,45 +285,28 @@ def test_runs_that_cannot_be_compared_say_why(tmp_path, changes, message):
 
 def test_sides_that_cannot_be_compared_say_why(tmp_path):
     one, half = animals(tmp_path / "one", ()), animals(tmp_path / "half", (), clips=range(20))
-    with pytest.raises(UserError, match="a run must stand in one side, once, got .*one more than once"):
-        write_comparison({"a": [one], "b": [one]}, tmp_path)
-    with pytest.raises(UserError, match="a: all clips must have 2 runs, got fewer for 20 clips"):
-        write_comparison({"a": [one, half], "b": [one]}, tmp_path)
     few = [animals(tmp_path / name, (), clips=range(2)) for name in ("two", "three")]
-    with pytest.raises(
-        UserError, match="two: test clips with a class must come from two source recordings or more, got 1"
-    ):
-        compare(*few)
-
-
-def test_a_folder_that_is_no_finished_run_says_so(tmp_path):
-    base = animals(tmp_path / "base", wrong=())
-    for missing in ("metrics.json", "predictions.parquet"):
-        broken = animals(tmp_path / missing, wrong=())
-        (broken / missing).unlink()
-        with pytest.raises(UserError, match=f"has no {missing}: it is no run folder, or its run has not finished"):
-            compare(base, broken)
-    old = animals(tmp_path / "old", wrong=())
+    old = animals(tmp_path / "old", ())
     table = pandas.read_parquet(old / "predictions.parquet")
     table.drop(columns="group").to_parquet(old / "predictions.parquet")
-    with pytest.raises(UserError, match="old/predictions.parquet has no column 'group'.*train again"):
-        compare(base, old)
+    for sides, message in (
+        ({"a": [one], "b": [one]}, "a run must be given once, got .*one more than once"),
+        ({"a": [one, half], "b": [one]}, "a: all clips must have 2 runs, got fewer for 20 clips"),
+        (
+            {"a": few[:1], "b": few[1:]},
+            "two: test clips .* must come from two source recordings or more, got 1",
+        ),
+        ({"a": [one], "b": [tmp_path]}, "has no metrics.json: it is not a run folder, or its run has not finished"),
+        ({"a": [one], "b": [old]}, "old/predictions.parquet must have a column 'group'.*train again"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_comparison(sides, tmp_path / "out")
 
 
 def test_the_command_line_is_checked(capsys):
-    for line in (
-        "",
-        "one",
-        "--side a one",
-        "one two --side b three",
-        "--side a one --side a two",
-        "--side a --side b x",
-    ):
+    for line in ("", "one", "--side a one", "one two --side b x", "--side a x --side a y", "--side a --side b x"):
         with pytest.raises(SystemExit):
             compare(*line.split())
         assert "expected two run folders, or --side NAME RUN" in capsys.readouterr().err
     answer = subprocess.run([sys.executable, ROOT / "compare.py", "one", "two"], capture_output=True, text=True)
     assert answer.returncode == 1 and answer.stderr.startswith("error: one has no metrics.json")
-    with pytest.raises(SystemExit):
-        compare("--help")
-    assert "python compare.py --side plain RUN ... --side wide RUN" in capsys.readouterr().out

@@ -1,4 +1,3 @@
-import io
 import logging
 import shutil
 from pathlib import Path
@@ -87,23 +86,17 @@ def test_choosing_on_the_test_fold_is_said(tones, caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "./nowhere"}, "found './nowhere', which is no folder, no file, no Hub id"),
-        ({"dataset": "urbansound"}, "no folder, no file, no Hub id"),
+        ({"dataset": "./nowhere"}, "dataset must be a file or a folder .*, a Hub id .* got './nowhere'"),
+        ({"dataset": "urbansound"}, "a Hub id .owner/name. or 'synthetic', got 'urbansound'"),
         ({"dataset_split": "dev"}, "split 'dev'"),
-        (
-            {"label_column": "class"},
-            "label_column: .* has no column 'class'; it has audio, name, kind, fold, recording",
-        ),
-        (
-            {"audio_column": "sound"},
-            "audio_column: .* has no column 'sound'; it has .*; audio_path makes paths from them",
-        ),
+        ({"label_column": "class"}, "label_column: .* has no column 'class'; it has audio, name, kind, fold, rec"),
+        ({"audio_column": "sound"}, "audio_column: .* has no column 'sound'; it has .*; audio_path makes paths"),
         ({"group_column": "fsID"}, "group_column: .* has no column 'fsID'"),
         ({"train_folds": ["1", "7"]}, r"train_folds: no clip in fold 7; .* has 1 \(8 clips\), 2 \(8 clips\), 3"),
-        ({"labels": ["low", "middle"]}, "train clips have the label 'high', which is not among low, middle"),
-        ({"label_column": "recording", "group_column": None}, "validation clips have the label '4', '5', '6', '7'"),
+        ({"labels": ["low", "middle"]}, r"train clips must be labels of the recipe \(low, middle\), got 'high'"),
+        ({"label_column": "recording", "group_column": None}, "validation clips must be .* got '4', '5', '6'"),
     ],
-)
+)  # fmt: skip
 def test_bad_data_is_an_error_that_says_what_there_is(tones, changes, message):
     data = arguments(tones, **changes) if "dataset" not in changes else DataArguments(**changes)
     with pytest.raises(UserError, match=message):
@@ -160,12 +153,10 @@ def test_stats_tell_what_a_recipe_trains_on(tones, tmp_path, capsys):
     assert "source recordings in several folds: 1 of 12\n  11: folds 1, 3\n" in told
 
     extractor = ASTFeatureExtractor(do_normalize=False, max_length=1024)
-    energies = []
-    for clip in clips[:8]:
-        waveform, _ = soundfile.read(io.BytesIO(clip["audio"]["bytes"]), dtype="float32")
-        frames = 1 + (len(waveform) - 400) // 160
-        energies.append(extractor(waveform, sampling_rate=16000)["input_values"][0][:frames])
-    energies = np.concatenate(energies)
+    waveforms = [load_waveform(clip["audio"]) for clip in clips[:8]]
+    frames = [1 + (len(waveform) - 400) // 160 for waveform in waveforms]
+    energies = extractor(waveforms, sampling_rate=16000)["input_values"]
+    energies = np.concatenate([values[:count] for values, count in zip(energies, frames, strict=True)])
     mean, std = (float(line[1]) for line in table if line and line[0] in ("mean:", "std:"))
     assert (mean, std) == (pytest.approx(energies.mean(), abs=1e-3), pytest.approx(energies.std(), abs=1e-3))
     assert "log-mel of the training folds (1), 8 clips, 16000 Hz, 128 bands:\nmean: " in told
@@ -266,10 +257,8 @@ def test_a_template_makes_the_paths_of_any_table(class_folders):
         ("../{split}/{name}.flac", "audio_path: .*clips.csv has no column 'name'; it has id, kind, split"),
         ("../{split", "audio_path must be a path with columns in braces, .*got '../{split': expected '}'"),
         ("../{split:d}", "audio_path must be .*Unknown format code 'd'"),
-        (
-            "{split}/{id}.flac",
-            r"dataset: 6 of the 6 files of .*clips.csv do not exist; the first is .*tables/fit/1.flac",
-        ),
+        ("clip.wav", "audio_path must be a path with columns in braces, .*got 'clip.wav'"),
+        ("{split}/{id}.flac", "dataset: 6 of the 6 files of .*clips.csv do not exist; the first is .*/fit/1.flac"),
     ):
         with pytest.raises(UserError, match=message):
             load(template)
@@ -277,7 +266,7 @@ def test_a_template_makes_the_paths_of_any_table(class_folders):
         load_clips(DataArguments(dataset="synthetic", audio_path="{id}.wav"))
     rows[1]["id"] = None
     DataFrame(rows).to_csv(table, index=False)
-    with pytest.raises(UserError, match="audio_path: 1 rows have nothing in 'id', the first is 1"):
+    with pytest.raises(UserError, match="audio_path: 'id' must have a value in each row, got 1 rows .* first is row 1"):
         load("../splits/{split}/{kind}/{id:.0f}.flac")
 
 
@@ -288,27 +277,19 @@ def test_splits_of_its_own(class_folders):
     rows = split_by_fold(index, data)
     assert [len(rows[split]) for split in ("train", "validation", "test")] == [8, 8, 8]
     assert set(index["fold"].iloc[rows["train"]]) == {"fit"} and len(index) == 16
-    with pytest.raises(UserError, match="no folder dev in .*, wanted fit/, dev/"):
+    with pytest.raises(UserError, match="splits must have the folders fit/, dev/, held_out/, got no dev/"):
         load_clips(DataArguments(dataset=str(class_folders / "splits"), **splits | {"validation_split": "dev"}))
 
 
 def test_paths_in_a_csv_or_parquet_file_are_relative_to_it(class_folders):
-    rows = [
-        {"file": f"plain/train/{row}.flac", "kind": "low" if row < 4 else "high", "part": row % 3}
-        for row in (1, 3, 5, 7)
-    ]
-    DataFrame(rows).to_csv(class_folders / "clips.csv", index=False)
-    DataFrame(rows).to_parquet(class_folders / "clips.parquet")
+    rows = DataFrame({"file": [f"plain/train/{row}.flac" for row in (1, 3, 5, 7)], "kind": "low", "part": [1, 0, 2, 1]})
+    rows.to_csv(class_folders / "clips.csv", index=False)
+    rows.to_parquet(class_folders / "clips.parquet")
+    columns = {"audio_column": "file", "label_column": "kind", "fold_column": "part"}
     for name in ("clips.csv", "clips.parquet"):
-        clips, index = load_clips(
-            DataArguments(
-                dataset=str(class_folders / name), audio_column="file", label_column="kind", fold_column="part"
-            )
-        )
+        clips, index = load_clips(DataArguments(dataset=str(class_folders / name), **columns))
         assert load_waveform(clips[3]["file"]).shape == (8000,)
-        assert index.iloc[3].to_dict() == {
-            "fold": "1", "label": "high", "clip": "plain/train/7.flac", "group": "plain/train/7.flac",
-        }  # fmt: skip
+        assert index.iloc[3][["fold", "label", "clip", "group"]].tolist() == ["1", "low", *["plain/train/7.flac"] * 2]
 
 
 def test_one_of_several_data_sets_of_a_folder(tones, tmp_path):
@@ -319,8 +300,6 @@ def test_one_of_several_data_sets_of_a_folder(tones, tmp_path):
     assert len(load_clips(arguments(tmp_path / "all", dataset_dir="v2"))[1]) == 6
     with pytest.raises(UserError, match="dataset_dir: .*all has no folder v3"):
         load_clips(arguments(tmp_path / "all", dataset_dir="v3"))
-    with pytest.raises(UserError, match="dataset_dir and dataset_config must not both be set, got 'v2' and 'x'"):
-        arguments(tmp_path / "all", dataset_dir="v2", dataset_config="x")
 
 
 def test_class_names_in_one_cell_are_a_list(class_folders):
@@ -329,7 +308,7 @@ def test_class_names_in_one_cell_are_a_list(class_folders):
     _, index = load_clips(DataArguments(dataset=str(class_folders / "clips.csv"), label_separator=";"))
     assert index["label"].tolist() == [["dog", "bark"], ["cat"]]
     DataFrame(rows).assign(label=[["dog"], ["cat"]]).to_parquet(class_folders / "clips.parquet")
-    with pytest.raises(UserError, match="label_separator: found ';', but 'label' holds lists already"):
+    with pytest.raises(UserError, match="label_separator must be left out if 'label' already holds lists, got ';'"):
         load_clips(DataArguments(dataset=str(class_folders / "clips.parquet"), label_separator=";"))
 
 
@@ -350,7 +329,7 @@ def test_drawn_shares_keep_recordings_together_and_classes_apart():
     assert np.abs(shares[["train", "validation", "test"]] - [0.6, 0.2, 0.2]).max().max() < 0.06
     assert drawn(index.sample(frac=1, random_state=1).reset_index(drop=True)).equals(splits)
     assert not drawn(index, split_seed=1).equals(splits)
-    with pytest.raises(UserError, match="found 4 source recordings, wanted at least 5"):
+    with pytest.raises(UserError, match="need at least 5 source recordings, got 4"):
         drawn(index[index["group"].astype(int) < 4].reset_index(drop=True))
 
 
@@ -363,7 +342,7 @@ def test_lists_of_clips_and_classes_that_are_dropped(class_folders):
     soundfile.write(folder / "noise" / "9.flac", tone(900), 16000)
     lists = {"validation_list": "dev.txt", "test_list": "test.txt", "drop_labels": ["noise"]}
     data = DataArguments(dataset=str(folder), **lists)
-    with pytest.raises(UserError, match="validation_list: .*dev.txt: No such file"):
+    with pytest.raises(UserError, match="validation_list must be a file .*, got .*dev.txt: No such file"):
         load_clips(data)
     (folder / "dev.txt").write_text("dog/0.flac\ntrain/1.flac\n")
     (folder / "test.txt").write_text("dog/2.flac\ntrain/3.flac\n")
@@ -374,50 +353,30 @@ def test_lists_of_clips_and_classes_that_are_dropped(class_folders):
     assert len(rows["train"]) == 4 and class_names(index, rows, data) == ["dog", "train"]
     assert [Path(clips[row]["audio"]["path"]).name for row in rows["test"]] == ["2.flac", "3.flac"]
     (folder / "test.txt").write_text("dog/0.flac\n")
-    with pytest.raises(UserError, match="test_list: .*test.txt names 1 clips of validation_list, as dog/0.flac"):
+    with pytest.raises(
+        UserError, match="test_list: .*test.txt must not name clips of validation_list, got 1 .* dog/0.flac"
+    ):
         load_clips(data)
     (folder / "test.txt").write_text("dog/2.flac\nnoise/9.flac\n")
     assert split_by_fold(load_clips(data)[1], data)["test"].tolist() == [rows["test"][0]]
     (folder / "test.txt").write_text("dog/9.flac\n")
-    with pytest.raises(UserError, match="names 1 clips that .*plain has not, the first is dog/9.flac"):
+    with pytest.raises(UserError, match="must name clips of .*plain, such as .* got 1 other names, the first is dog/9"):
         load_clips(data)
-    with pytest.raises(UserError, match="drop_labels: .*plain has no clip of cat; it has dog, noise, train"):
+    with pytest.raises(UserError, match=r"drop_labels must be classes of .*plain \(dog, noise, train\), got cat"):
         load_clips(DataArguments(dataset=str(folder), drop_labels=["cat"], **SHARES))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"test_list": "test.txt"}, "validation_list must be set together with test_list"),
-        ({"test_list": "test.txt", "train_folds": ["1"]}, "got train_folds .folds.; test_list .lists of clips.; unset"),
-        ({"split_shares": [0.8, 0.1, 0.1], "train_folds": ["1"]}, "train_folds .folds.; split_shares .random shares.;"),
-        ({"train_split": "train", "fold_column": "fold"}, "fold_column .folds.; train_split"),
-        ({"train_split": "train", "test_split": "test"}, "validation_split must be set if"),
-        ({"split_shares": [0.8, 0.1]}, "split_shares must be three numbers that sum to 1 .*, got 0.8 0.1"),
-        ({"split_shares": [0.8, 0.3, -0.1]}, r"split_shares must be in \(0, 1\), got \[0.8, 0.3, -0.1\]"),
-        ({"split_seed": 3}, "split_shares must be three numbers .*, got none"),
-        (
-            {"train_split": "a", "validation_split": "b", "test_split": "c", "dataset_split": "train"},
-            "dataset_split must not be set together with train_split, got 'train'",
-        ),
-    ],
-)
-def test_two_ways_to_divide_are_an_error(fields, message):
-    with pytest.raises(UserError, match=message):
-        DataArguments(**fields)
 
 
 def test_clips_without_a_label_or_a_path_are_an_error(tmp_path):
     (tmp_path / "x.csv").write_text("audio,label,fold\na.wav,dog,1\nb.wav,,1\n")
-    with pytest.raises(UserError, match="label_column: 1 rows have nothing in 'label', the first is 1"):
+    with pytest.raises(UserError, match="label_column: 'label' must have a value in each row, got 1 .* row 1"):
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv")))
     (tmp_path / "x.csv").write_text("audio,label,fold\n,dog,1\nb.wav,cat,1\n")
-    with pytest.raises(UserError, match="audio_column: 1 rows have nothing in 'audio', the first is 0"):
+    with pytest.raises(UserError, match="audio_column: 'audio' must have a value in each row, got 1 .* row 0"):
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv")))
-    with pytest.raises(UserError, match="dataset: found the file .*x.txt, wanted .parquet or .csv"):
+    with pytest.raises(UserError, match="dataset must be .* a .parquet or .csv file, got .*x.txt"):
         (tmp_path / "x.txt").write_text("a.wav dog")
         load_clips(DataArguments(dataset=str(tmp_path / "x.txt")))
-    with pytest.raises(UserError, match="train_split: .*x.csv has no splits of its own"):
+    with pytest.raises(UserError, match="train_split must be left out for .*x.csv, which has no splits of its own"):
         splits = {"train_split": "a", "validation_split": "b", "test_split": "c"}
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv"), **splits))
 
@@ -432,11 +391,8 @@ def table(tmp_path):
 
     def write(*more, **fields):
         DataFrame(rows + list(more)).to_csv(tmp_path / "clips.csv", index=False)
-        columns = {"audio_column": "filename", "label_column": "category"}
-        folds = {"train_folds": ["1"], "validation_folds": ["2"], "test_folds": ["3"]}
-        return DataArguments(
-            **{"dataset": str(tmp_path / "clips.csv"), **columns, **folds, "on_bad_clip": "skip", **fields}
-        )
+        columns = {"audio_column": "filename", "label_column": "category", "clip_column": None, "group_column": None}
+        return arguments(tmp_path / "clips.csv", on_bad_clip="skip", **columns | fields)
 
     return write
 
@@ -451,11 +407,7 @@ def test_the_column_of_paths_may_also_name_the_clips_and_the_recordings(table):
 @pytest.mark.parametrize(
     ("row", "fields", "message"),
     [
-        (
-            {"filename": "1.wav", "category": "rain"},
-            {},
-            "audio_column: .*/1.wav in the rows 1, 6 .*label dog and rain[.]",
-        ),
+        ({"filename": "1.wav", "category": "rain"}, {}, "audio_column: .*/1.wav in the rows 1, 6 .*label dog and rain"),
         ({"filename": "./1.wav", "category": "dog"}, {}, "audio_column: .*/1.wav in the rows 1, 6 .*label dog[.]"),
         ({"filename": "6.wav", "name": "n1"}, {"clip_column": "name"}, "clip_column: .* got n1 in the rows 1, 6"),
     ],

@@ -1,22 +1,20 @@
 """Exported models against live perforatedai, which none of this mocks."""
 
-import contextlib
 import importlib.util
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_AST, TINY_VIT, tone
+from conftest import ROOT, SIZES, TINY_AST, TINY_VIT, Examples, SmallCNN, build, tone
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
@@ -29,8 +27,6 @@ from transformers import (
     BertTokenizerFast,
     Trainer,
     TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessor,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
@@ -53,11 +49,18 @@ from audio_dendrites.models.dendritic import (
 )
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
-from pai_callback import PAICallback, PAIConfig, PAIError, PAITrainer, choose_layers
+from pai_callback import (
+    PAICallback,
+    PAIConfig,
+    PAIError,
+    PAITrainer,
+    _grow_to,
+    _perforate,
+    choose_layers,
+    probe_layers,
+)
 
-with contextlib.redirect_stdout(io.StringIO()):
-    GPA = pytest.importorskip("perforatedai.globals_perforatedai")
-    UPA = pytest.importorskip("perforatedai.utils_perforatedai")
+pytest.importorskip("perforatedai", reason="perforatedai has no wheel for this Python; 3.11 and 3.12 have one")
 
 FC1, FC2 = "audio_spectrogram_transformer.layers.1.mlp.fc1", "audio_spectrogram_transformer.layers.1.mlp.fc2"
 O_PROJ = "audio_spectrogram_transformer.layers.0.attention.o_proj"
@@ -67,68 +70,22 @@ EVERYWHERE = (HEAD, FC1, FC2, O_PROJ, PATCHES)
 FRAMES = 48
 
 
-@contextlib.contextmanager
-def perforatedai(activation="sigmoid"):
-    """perforatedai as new, silent, in a folder of its own."""
-    GPA.pc.__init__()
-    GPA.pai_tracker = []
-    settings = {
-        "configuration_confirmed": True, "unwrapped_modules_confirmed": True, "weight_decay_accepted": True,
-        "testing_dendrite_capacity": False, "silent": True, "test_saves": False, "drawing_pai": False,
-        "device": torch.device("cpu"), "use_cuda": False, "module_names_to_perforate": [],
-        "pai_forward_function": ACTIVATIONS[activation],
-    }  # fmt: skip
-    for name, value in settings.items():
-        getattr(GPA.pc, f"set_{name}")(value)
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-def grow(model, forward, counts, activation="sigmoid", tracked=()):
-    """Put dendrites, `counts` by module name, on a model, and random numbers in every parameter of it.
-
-    Args:
-        forward: Runs the model and gives a scalar.
-        tracked: Modules that perforatedai wraps without dendrites.
-    """
-    axes = {name: 1 if hasattr(model.get_submodule(name), "kernel_size") else -1 for name in counts}
-    ranks, hooks = {}, []
-    for name in counts:
-        note = lambda module, inputs, output, name=name: ranks.update({name: output.dim()})  # noqa: E731
-        hooks.append(model.get_submodule(name).register_forward_hook(note))
-    forward()
-    for hook in hooks:
-        hook.remove()
-    with perforatedai(activation):
-        GPA.pc.set_module_ids_to_perforate([f".{name}" for name in counts])
-        GPA.pc.set_module_ids_to_track([f".{name}" for name in tracked])
-        UPA.perforate_model(model, save_name="PAI", making_graphs=False)
-        modules = {name: model.get_submodule(name) for name in counts}
-        for name, module in modules.items():
-            dimensions = [-1] * ranks[name]
-            dimensions[axes[name]] = 0
-            module.set_this_output_dimensions(dimensions)
-        forward().backward()
-        for name, module in modules.items():
-            # perforatedai forgets this one: a second dendrite then fails on all but (batch, tokens, neurons).
-            module.dendrite_module.this_node_index.copy_(module.this_node_index)
-            for values in module.dendrite_module.dendrite_values:
-                shape = values.dendrite_storage_shape.tolist()
-                values.setup_arrays(shape)
-                values.current_d_init[0] = 1
-            if counts[name]:
-                UPA.simulate_cycles(module, 2 * counts[name], True)
-    model.zero_grad()
+def grow(model, batch, counts, activation="sigmoid"):
+    """Put dendrites of perforatedai, `counts` by layer, on a model, and random numbers in every parameter of it."""
+    config, layers = PAIConfig(activation=activation), probe_layers(model, batch, list(counts))
+    _perforate(model, layers, config)
+    for layer in layers:
+        _grow_to(model, [layer], config, counts[layer.name])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
-    return modules
 
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where perforatedai writes
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 def inputs(batch=2):
@@ -139,10 +96,10 @@ def tiny_ast(**fields):
     return ASTForAudioClassification(ASTConfig(max_length=FRAMES, num_labels=3, **TINY_AST, **fields))
 
 
-def live_ast(counts, activation="sigmoid", tracked=()):
+def live_ast(counts, activation="sigmoid"):
     """A tiny AST with dendrites of perforatedai, in evaluation mode."""
     model = tiny_ast()
-    grow(model, lambda: model(inputs(), labels=torch.tensor([0, 1])).loss, counts, activation, tracked)
+    grow(model, {"input_values": inputs()}, counts, activation)
     return model.eval()
 
 
@@ -150,7 +107,7 @@ def live_ast(counts, activation="sigmoid", tracked=()):
 def exported(tmp_path):
     """A live model and the folder it was exported to."""
     live, folder = live_ast({HEAD: 2, FC1: 1, FC2: 3, O_PROJ: 2, PATCHES: 1}), tmp_path / "exported"
-    export_dendritic(live, "sigmoid").save_pretrained(folder)
+    export_dendritic(live).save_pretrained(folder)
     return live, folder
 
 
@@ -181,15 +138,19 @@ def live_layer(layer, count, activation="sigmoid"):
     plain, shape = KINDS[layer]
     model, values = nn.Sequential(plain()), torch.randn(shape)
     kind = LAYERS[type(model[0])]
-    grow(model, lambda: model(values).sum(), {"0": count}, activation)
-    ours = export_dendritic(model, activation)[0]
+    grow(model, {"input": values}, {"0": count}, activation)
+    ours = export_dendritic(model)[0]
     assert type(ours) is kind
     return model[0], ours, values
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("layer", KINDS)
+@pytest.mark.parametrize(
+    ("layer", "count", "activation"),
+    [
+        *[(layer, count, "sigmoid") for layer in KINDS for count in (1, 2, 3)],
+        *[("linear", 3, activation) for activation in ACTIVATIONS],
+    ],
+)
 def test_a_layer_gives_what_perforatedai_gives_to_the_bit(layer, count, activation):
     live, ours, values = live_layer(layer, count, activation)
     assert torch.equal(ours(values), live(values))
@@ -210,8 +171,7 @@ def test_gradients_are_those_of_perforatedai():
     torch.testing.assert_close(ours.d2d.grad, torch.cat([d2d[1].grad, d2d[2].grad]))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("count", "activation"), [(1, "sigmoid"), (2, "gelu"), (3, "tanh")])
 def test_an_exported_model_gives_the_logits_of_the_live_one_to_the_bit(count, activation):
     live = live_ast(dict.fromkeys(EVERYWHERE, count), activation)
     copy = export_dendritic(live, activation)
@@ -222,10 +182,11 @@ def test_an_exported_model_gives_the_logits_of_the_live_one_to_the_bit(count, ac
 
 
 def test_copying_touches_neither_the_live_model_nor_the_random_state():
-    live = live_ast({HEAD: 1, FC1: 2})
+    live = live_ast({HEAD: 1, FC1: 0})
     before, state = logits(live), torch.get_rng_state()
-    copy = export_dendritic(live, "sigmoid")
+    copy = export_dendritic(live)
     assert torch.equal(torch.get_rng_state(), state)
+    assert set(copy.config.dendrites) == {HEAD} and type(copy.get_submodule(FC1)) is nn.Linear  # nothing grew there
     for parameter in copy.parameters():
         parameter.data.zero_()
     assert torch.equal(logits(live), before)
@@ -233,9 +194,7 @@ def test_copying_touches_neither_the_live_model_nor_the_random_state():
 
 def test_a_folder_holds_the_model_its_code_and_nothing_else(exported):
     _, folder = exported
-    assert {path.name for path in folder.iterdir()} == {
-        "config.json", "dendritic.py", "model.safetensors",
-    }  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == {"config.json", "dendritic.py", "model.safetensors"}
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "dendritic-audio-spectrogram-transformer"
     assert config["dendrites"][FC2] == {"count": 3, "activation": "sigmoid"}
@@ -260,7 +219,6 @@ def test_save_pretrained_goes_round_under_old_and_new_tensor_names(exported, tmp
     assert torch.equal(load_file(folder / "model.safetensors")[name], model.get_submodule(FC2).d2d)
 
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "num_labels": 3}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "barks", "loud", "far"]
 
 
@@ -276,14 +234,6 @@ def whisper():
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "num_labels": 3}
     frames = {"num_mel_bins": 8, "max_source_positions": 20, "classifier_proj_size": 8}
     return WhisperForAudioClassification(WhisperConfig(**encoder, **decoder, **tokens, **frames))
-
-
-def bert():
-    return BertForSequenceClassification(BertConfig(vocab_size=10, max_position_embeddings=16, **SIZES))
-
-
-def vit():
-    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SIZES))
 
 
 def tokenizer():
@@ -303,34 +253,26 @@ STOCK = {
         "audio-classification", "AutoModelForAudioClassification", SOUND,
     ),
     "bert": (
-        bert, ["layer.-1.intermediate.dense", "classifier"],
+        partial(build, "bert"), ["layer.-1.intermediate.dense", "classifier"],
         tokenizer, "text-classification", "AutoModelForSequenceClassification", "a dog barks",
     ),
     "vit": (
-        vit, ["projection", "layers.-1.mlp.*", "classifier"],
+        partial(build, "vit", num_channels=3), ["projection", "layers.-1.mlp.*", "classifier"],
         lambda: ViTImageProcessor(size={"height": 16, "width": 16}),
         "image-classification", "AutoModelForImageClassification", "picture.png",
     ),
 }  # fmt: skip
 EXAMPLES = {
     "wav2vec2": {"input_values": (12, 800)}, "whisper": {"input_features": (12, 8, 40)},
-    "bert": {"input_ids": (12, 8)}, "vit": {"pixel_values": (12, 3, 16, 16)},
+    "bert": {"input_ids": (12, 8)}, "vit": {"pixel_values": (12, 3, 16, 16)}, "cnn": {"input_values": (12, 20, 40)},
 }  # fmt: skip
 
 
-class Examples(Dataset):
+def examples(name):
     """Twelve random examples of three classes for a model of `STOCK`."""
-
-    def __init__(self, name):
-        ((self.field, shape),) = EXAMPLES[name].items()
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        self.values = values.mul(3).long().abs().clamp(max=9) if name == "bert" else values
-
-    def __len__(self):
-        return len(self.values)
-
-    def __getitem__(self, row):
-        return {self.field: self.values[row], "labels": row % 3}
+    ((field, shape),) = EXAMPLES[name].items()
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return Examples(field, values.mul(3).long().abs().clamp(max=9) if name == "bert" else values)
 
 
 def fit(model, data, folder, modules, trainer=PAITrainer, grower=PAICallback, **options):
@@ -351,7 +293,7 @@ def stock(tmp_path_factory):
     root, found = tmp_path_factory.mktemp("stock"), {}
     for name, (make, modules, prepare, *_) in STOCK.items():
         set_seed(0)
-        trainer = fit(make(), Examples(name), root / f"{name}-run", modules, processing_class=prepare())
+        trainer = fit(make(), examples(name), root / f"{name}-run", modules, processing_class=prepare())
         trainer.save_model(root / name)
         found[name] = trainer.model.eval(), root / name, root / f"{name}-run" / "checkpoint-6"
     return found
@@ -413,7 +355,11 @@ def test_a_stranger_loads_any_model_with_pipeline_and_gets_the_training_models_l
     for name, (live, folder) in models.items():
         *_, task, auto, sample = STOCK.get(name, ("audio-classification", "AutoModelForAudioClassification", SOUND))
         cases[name] = str(folder), task, auto, sample
-        values = {"input_values": inputs()} if name == "ast" else {Examples(name).field: Examples(name).values[:2]}
+        values = (
+            {"input_values": inputs()}
+            if name == "ast"
+            else {key: rows[:2] for key, rows in examples(name).inputs.items()}
+        )
         np.savez(tmp_path / f"{name}.npz", **{key: tensor.numpy() for key, tensor in values.items()})
         with torch.no_grad():
             expected[name] = live(**values).logits
@@ -443,39 +389,22 @@ def test_no_class_loads_a_stock_model_with_random_layers(stock, name):
 
 def test_a_plain_trainer_saves_the_same_folder(tmp_path):
     set_seed(0)
-    trainer = fit(bert(), Examples("bert"), tmp_path / "run", ["classifier"], Trainer)
+    trainer = fit(build("bert"), examples("bert"), tmp_path / "run", ["classifier"], Trainer)
     for folder in (tmp_path / "saved", tmp_path / "run" / "checkpoint-6"):
         if folder.name == "saved":
             trainer.save_model(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
-        values = Examples("bert").values[:2]
+        values = examples("bert").inputs["input_ids"][:2]
         with torch.no_grad():
             assert torch.equal(model.eval()(values).logits, trainer.model.eval()(values).logits)
-
-
-class SmallCNN(nn.Module):
-    """A network of no library."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3, stride=2))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, input_values, labels=None):
-        logits = self.head(self.body(input_values.view(-1, 1, 20, 40)).amax((2, 3)))
-        return (
-            {"logits": logits}
-            if labels is None
-            else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-        )
 
 
 @pytest.mark.parametrize("trainer", [Trainer, PAITrainer])
 def test_a_network_of_no_library_becomes_one_of_ordinary_layers(trainer, tmp_path, caplog):
     set_seed(0)
-    trained = fit(SmallCNN(), Examples("wav2vec2"), tmp_path / "run", ["Conv2d", "head"], trainer)
+    trained = fit(SmallCNN(), examples("cnn"), tmp_path / "run", ["Conv2d", "head"], trainer)
     assert ("export_dendritic(trainer.model)" in caplog.text) == (trainer is Trainer)
-    live, values = trained.model.eval(), Examples("wav2vec2").values[:2]
+    live, values = trained.model.eval(), examples("cnn").inputs["input_values"][:2]
     copy = export_dendritic(live)
     assert type(copy) is SmallCNN and "perforatedai" not in {type(module).__module__ for module in copy.modules()}
     assert torch.equal(copy(values)["logits"], live(values)["logits"])
@@ -495,7 +424,7 @@ def test_a_class_of_ones_own_is_saved_with_a_warning(tmp_path, caplog):
         pass
 
     set_seed(0)
-    trained = fit(Mine(bert().config), Examples("bert"), tmp_path / "run", ["classifier"])
+    trained = fit(Mine(build("bert").config), examples("bert"), tmp_path / "run", ["classifier"])
     trained.save_model(tmp_path / "saved")
     assert "Mine is no class of transformers" in caplog.text and "DendriticMixin" in caplog.text
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
@@ -511,7 +440,9 @@ def test_two_copied_files_are_all_that_another_project_needs(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "copied", copied)
     spec.loader.exec_module(copied)
     set_seed(0)
-    trained = fit(bert(), Examples("bert"), tmp_path / "run", ["classifier"], copied.PAITrainer, copied.PAICallback)
+    trained = fit(
+        build("bert"), examples("bert"), tmp_path / "run", ["classifier"], copied.PAITrainer, copied.PAICallback
+    )
     trained.save_model(tmp_path / "saved")
     assert sys.modules.pop("dendritic").__file__ == str(tmp_path / "dendritic.py")
     assert (tmp_path / "saved" / "dendritic.py").read_bytes() == (tmp_path / "dendritic.py").read_bytes()
@@ -521,11 +452,6 @@ def test_layers_that_share_their_weights_are_refused():
     model = BertForMaskedLM(BertConfig(vocab_size=10, max_position_embeddings=16, **SIZES))
     with pytest.raises(PAIError, match="must not share weights, but .*word_embeddings.weight and .*decoder.weight"):
         choose_layers(model, PAIConfig(modules=["decoder"]))
-
-
-def test_a_class_without_dendrites_refuses_the_folder(exported):
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        ASTForAudioClassification.from_pretrained(exported[1])
 
 
 @pytest.mark.parametrize("change", ["a tensor fewer", "a dendrite fewer in the configuration", "one layer less listed"])
@@ -571,30 +497,12 @@ def test_half_precision_stays_close_and_goes_round(exported, tmp_path, dtype):
 def test_the_whole_model_compiles_as_one_graph_and_exports(exported):
     live, folder = exported
     model = AutoModelForAudioClassification.from_pretrained(folder)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     program = torch.export.export(model, (inputs(),)).module()
     with torch.no_grad():
         assert difference(compiled(inputs()).logits, logits(live)) < 1e-5
         assert difference(program(inputs()).logits, logits(live)) < 1e-5
-    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
-    compiled(inputs(), labels=torch.tensor([0, 1])).loss.backward()
-
-
-def test_it_fine_tunes_further(exported):
-    model = AutoModelForAudioClassification.from_pretrained(exported[1]).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    losses = []
-    for _ in range(5):
-        loss = model(inputs(), labels=torch.tensor([0, 1])).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    # The keys' biases cancel in the softmax of attention: all else has learned.
-    same = [name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])]
-    assert all(name.endswith("k_proj.bias") for name in same)
+    torch.compile(model.train(), fullgraph=True, backend="eager")(inputs(), labels=torch.tensor([0, 1]))
 
 
 def test_with_no_dendrites_the_plain_model_is_written(tmp_path):
@@ -606,24 +514,6 @@ def test_with_no_dendrites_the_plain_model_is_written(tmp_path):
         assert config["model_type"] == "audio-spectrogram-transformer" and "auto_map" not in config
         plain = AutoModelForAudioClassification.from_pretrained(folder)
         assert type(plain) is ASTForAudioClassification and torch.equal(logits(plain), logits(model))
-
-
-def test_a_layer_on_which_nothing_grew_is_written_as_the_plain_layer():
-    live = live_ast({HEAD: 1, FC1: 0})
-    copy = export_dendritic(live, "sigmoid")
-    assert set(copy.config.dendrites) == {HEAD} and type(copy.get_submodule(FC1)) is nn.Linear
-    assert torch.equal(logits(copy), logits(live))
-
-
-def test_a_folder_of_an_older_version_still_loads(exported):
-    live, folder = exported
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": "dendritic.DendriticASTConfig",
-        "AutoModelForAudioClassification": "dendritic.DendriticASTForAudioClassification",
-    }
-    (folder / "config.json").write_text(json.dumps(config | {"one_product": False}))
-    assert torch.equal(logits(AutoModelForAudioClassification.from_pretrained(folder)), logits(live))
 
 
 FAMILIES = {
@@ -652,9 +542,9 @@ def test_models_of_this_project_are_exported_as_what_they_are(family, tmp_path):
     make, counts, files = FAMILIES[family]
     live = make()
     values = torch.randn(2, 8000) if family == "waveform" else inputs()
-    grow(live, lambda: live(values, labels=torch.tensor([0, 1])).loss, counts)
+    grow(live, {"input_values": values}, counts)
     live.eval()
-    export_dendritic(live, "sigmoid").save_pretrained(tmp_path / "exported")
+    export_dendritic(live).save_pretrained(tmp_path / "exported")
     assert {path.name for path in (tmp_path / "exported").iterdir()} == files | {"config.json", "model.safetensors"}
     model = AutoModelForAudioClassification.from_pretrained(tmp_path / "exported")
     assert type(model) is type(live) and {name: d["count"] for name, d in model.config.dendrites.items()} == counts
@@ -669,13 +559,13 @@ def test_models_of_this_project_are_exported_as_what_they_are(family, tmp_path):
 
 
 def test_what_cannot_be_exported_says_why():
-    live = live_ast({"classifier": 1})
-    with pytest.raises(ValueError, match="classifier: ASTMLPHead cannot be exported"):
-        export_dendritic(live, "sigmoid")
     live = live_ast({HEAD: 1})
     live.get_submodule(HEAD).dendrite_module.layers.append(nn.Linear(32, 3))
     with pytest.raises(ValueError, match="classifier.dense: Linear cannot be exported, or is growing now"):
-        export_dendritic(live, "sigmoid")
+        export_dendritic(live)
+    live.get_submodule(HEAD).main_module = nn.Bilinear(2, 2, 2)
+    with pytest.raises(ValueError, match="classifier.dense: Bilinear cannot be exported"):
+        export_dendritic(live)
 
 
 @pytest.mark.parametrize(

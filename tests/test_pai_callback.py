@@ -1,16 +1,13 @@
-"""Dendrites grow in tiny models of four kinds, with real perforatedai, real checkpoints and real processes.
-
-As a program, `test_pai_callback.py FOLDER SCENARIO`, this file is what the tests start under torchrun, or kill.
-"""
+"""Dendrites grow in tiny models of four kinds, with real perforatedai, checkpoints, processes and pushes."""
 
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,39 +16,30 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_AST, TONES
+from accelerate.state import AcceleratorState, PartialState
+from conftest import ROOT, TINY_AST, TONES, Examples, SmallCNN, build
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import (
-    ASTConfig,
-    ASTForAudioClassification,
     AutoModelForAudioClassification,
-    BertConfig,
-    BertForSequenceClassification,
+    AutoModelForSequenceClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-    set_seed,
 )
 
 import pai_callback
 import train
+from audio_dendrites.models.dendritic import perforated_layers, structure_of
 from audio_dendrites.recipes import parse_recipe, read_yaml
 from audio_dendrites.results.dendrites import measure_use, use_sentence
-from audio_dendrites.training.trainer import AudioTrainer
 from pai_callback import (
     STATE_FILE,
     PAICallback,
     PAIConfig,
     PAIError,
     PAITrainer,
-    PAITrainerMixin,
     choose_layers,
-    perforated_layers,
-    structure_of,
 )
 
 pytest.importorskip("perforatedai", reason="perforatedai has no wheel for this Python; 3.11 and 3.12 have one")
@@ -63,59 +51,16 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "num_labels": 3}
-QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 AST_LAYERS = [f"audio_spectrogram_transformer.layers.1.mlp.fc{n}" for n in (1, 2)] + ["classifier.dense"]
 
 
-class SmallCNN(nn.Module):
-    """A convolutional network of no library, with batch statistics."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3, stride=2))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, input_values, labels=None):
-        logits = self.head(self.body(input_values[:, None]).amax((2, 3)))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return {"logits": logits} if loss is None else {"loss": loss, "logits": logits}
-
-
-class Examples(Dataset):
+def examples(kind: str) -> Examples:
     """24 noisy examples of 3 classes, for any of the models."""
-
-    def __init__(self, kind: str, count: int = 24):
-        noise = torch.randn(count, 16, 16, generator=torch.Generator().manual_seed(7))
-        self.labels = torch.arange(count) % 3
-        clips = noise + 4 * nn.functional.one_hot(self.labels * 2, 16)[:, None, :]
-        self.inputs = {
-            "ast": {"input_values": clips},
-            "vit": {"pixel_values": clips[:, None]},
-            "cnn": {"input_values": clips},
-            "bert": {"input_ids": (clips[:, 0, :8] * 2).long().clamp(0, 9)},
-        }[kind]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, row):
-        return {name: values[row] for name, values in self.inputs.items()} | {"labels": int(self.labels[row])}
-
-
-def build(kind: str = "ast", **changes) -> nn.Module:
-    """A tiny model with weights from seed 0."""
-    set_seed(0)
-    if kind == "cnn":
-        return SmallCNN()
-    if kind == "vit":
-        config = ViTConfig(image_size=16, patch_size=8, num_channels=1, **SIZES, **QUIET | changes)
-        return ViTForImageClassification(config)
+    noise = torch.randn(24, 16, 16, generator=torch.Generator().manual_seed(7))
+    clips = noise + 4 * nn.functional.one_hot(torch.arange(24) % 3 * 2, 16)[:, None, :]
     if kind == "bert":
-        config = BertConfig(vocab_size=10, max_position_embeddings=8, **SIZES, **QUIET | changes)
-        return BertForSequenceClassification(config)
-    strides = {"patch_size": 8, "time_stride": 8, "frequency_stride": 8, "num_mel_bins": 16, "max_length": 16}
-    return ASTForAudioClassification(ASTConfig(**SIZES, **strides, **QUIET | changes))
+        return Examples("input_ids", (clips[:, 0, :8] * 2).long().clamp(0, 9))
+    return Examples("pixel_values", clips[:, None]) if kind == "vit" else Examples("input_values", clips)
 
 
 LAYERS = {
@@ -152,8 +97,8 @@ def trainer_for(
     return trainer(
         model,
         TrainingArguments(str(folder), **arguments),
-        train_dataset=Examples(kind),
-        eval_dataset=Examples(kind),
+        train_dataset=examples(kind),
+        eval_dataset=examples(kind),
         compute_metrics=functools.partial(compute_metrics, itertools.count(1)),
         callbacks=[*grower, *callbacks],
         **options or {},
@@ -205,7 +150,7 @@ def assert_dendrites_learned(model: nn.Module):
 def logits(model: nn.Module, kind: str = "ast", count: int = 8) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
-        outputs = model(**{name: values[:count] for name, values in Examples(kind).inputs.items()})
+        outputs = model(**{name: values[:count] for name, values in examples(kind).inputs.items()})
     return outputs["logits"]
 
 
@@ -302,21 +247,6 @@ def test_layers_are_chosen_by_name_from_the_end_or_by_class():
 
 
 @pytest.mark.parametrize(
-    ("modules", "message"),
-    [
-        (["classifier.dens"], r"got 'classifier.dens' .did you mean 'classifier.dense'"),
-        (["layers.1.mpl.*"], r"did you mean .*layers.1.mlp"),
-        (["layers.5.mlp.*"], "must name layers of the model"),
-        (["*.layernorm_*"], "linear or convolutional layers.*LayerNorm"),
-        ([], "empty list"),
-    ],
-)
-def test_what_names_no_layer_is_an_error_with_near_matches(modules, message):
-    with pytest.raises(PAIError, match=message):
-        choose_layers(build(), PAIConfig(modules=modules))
-
-
-@pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"schedule": "often"}, r"'schedule' expected one of \('early', 'history', 'fixed'\), got often"),
@@ -328,14 +258,19 @@ def test_what_names_no_layer_is_an_error_with_near_matches(modules, message):
         ({"last_growth": "1.5e0"}, r"last_growth must be in \(0, 1\], got 1.5"),  # YAML reads 1e-4 as a text
         (
             {"max_dendrites": 6},
-            r"max_dendrites times first_growth must be at most last_growth \(0.5\), got 6 times 0.1",
+            r"max_dendrites times first_growth must be at most last_growth, got 6 times 0.1, last_growth 0.5",
         ),
         ({"preset": "vendor"}, "preset must be perforatedai, got 'vendor'"),
+        ({"modules": ["classifier.dens"]}, r"got 'classifier.dens' .did you mean 'classifier.dense'"),
+        ({"modules": ["layers.1.mpl.*"]}, r"did you mean .*layers.1.mlp"),
+        ({"modules": ["layers.5.mlp.*"]}, "must name layers of the model"),
+        ({"modules": ["*.layernorm_*"]}, "linear or convolutional layers.*LayerNorm"),
+        ({"modules": []}, "empty list"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_it_must_be(config, message):
     with pytest.raises(PAIError, match=message):
-        PAICallback(config)
+        choose_layers(build(), PAICallback(config).config)
 
 
 def test_the_defaults_are_those_that_make_dendrites_learn_and_the_preset_perforatedais():
@@ -415,20 +350,19 @@ def test_events_are_those_of_perforatedais_own_tracker(schedule, greater, tmp_pa
         assert "grown" in theirs
 
 
-def test_a_complete_training_stops_with_the_best_weights(tmp_path):
-    for strategy in ("steps", "no", "best"):
-        saving = {"save_strategy": strategy, "save_steps": 2, "metric_for_best_model": "loss"}
-        once = OFTEN | {"max_dendrites": 1, "tries": 1}
-        trainer = run(tmp_path / strategy, pai=once, learning_rate=5e-2, max_steps=60, **saving)
-        assert events(trainer)[-1] == "complete" and trainer.state.global_step < 60
-        best = min(entry["metric"] for entry in history(trainer))
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
-
-
-def test_a_complete_training_may_go_on_to_its_last_step(tmp_path):
-    trainer = run(tmp_path, pai=OFTEN | {"max_dendrites": 1, "tries": 1, "stop_when_complete": False}, max_steps=16)
-    assert "complete" in events(trainer) and trainer.state.global_step == 16
-    assert_optimizer_holds_what_is_trained(trainer)
+@pytest.mark.parametrize(
+    "changes", [{}, {"save_strategy": "steps"}, {"save_strategy": "best", "metric_for_best_model": "loss"}]
+)
+def test_a_complete_training_stops_with_the_best_weights(tmp_path, changes):
+    once = OFTEN | {"max_dendrites": 1, "tries": 1}
+    trainer = run(tmp_path, pai=once, learning_rate=5e-2, max_steps=60, save_steps=2, **changes)
+    assert events(trainer)[-1] == "complete" and trainer.state.global_step < 60
+    best = min(entry["metric"] for entry in history(trainer))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
+    if not changes:
+        trainer = run(tmp_path, pai=once | {"stop_when_complete": False}, max_steps=16)
+        assert "complete" in events(trainer) and trainer.state.global_step == 16
+        assert_optimizer_holds_what_is_trained(trainer)
 
 
 # Learn
@@ -514,7 +448,7 @@ def test_dendrites_compute_what_the_mathematics_says(activation, tmp_path):
 def test_use_is_what_is_lost_without_the_features_of_dendrites(tmp_path):
     trainer = run(tmp_path, pai=EARLY | {"modules": ["dense"]}, max_steps=30, learning_rate=5e-2)
     use = measure_use(trainer)
-    module, inputs, labels = trainer.model.classifier.dense, [], trainer.eval_dataset.labels
+    module, inputs, labels = trainer.model.classifier.dense, [], torch.tensor(trainer.eval_dataset.labels)
     hook = module.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
     whole = logits(trainer.model, count=24)
     hook.remove()
@@ -589,7 +523,6 @@ def test_where_perforatedai_would_ask_or_exit_it_raises_with_its_words():
         ("cnn", EARLY, {"bf16": True}),
         ("vit", EARLY, {"activation_checkpointing": True}),
         ("cnn", OFTEN, {"torch_compile": True, "torch_compile_backend": "eager"}),
-        ("ast", EARLY, {"torch_compile": True, "torch_compile_backend": "eager"}),
         ("ast", EARLY, {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}),
         ("ast", OFTEN, {"save_strategy": "best", "metric_for_best_model": "loss", "load_best_model_at_end": True}),
         ("ast", EARLY, {"optim": "sgd", "lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}),
@@ -616,13 +549,13 @@ def test_accumulated_gradients_grow_what_a_larger_batch_grows(tmp_path):
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 RESUMED = {
-    "early, between evaluations": ("ast", EARLY | {"dendrite_learning_rate": 5e-3}, {"eval_steps": 3}),
+    "early, between evaluations": ("ast", EARLY | {"dendrite_learning_rate": 5e-3}, {"eval_steps": 3, "max_steps": 5}),
     "early, saved when best": (
         "ast",
         EARLY,
         {"save_strategy": "best", "metric_for_best_model": "loss", "eval_steps": 1},
     ),
-    "cnn, often": ("cnn", OFTEN, {"warmup_steps": 2}),
+    "cnn, often": ("cnn", OFTEN, {"warmup_steps": 2, "max_steps": 5}),
     "bert, tries over, dropout, bf16": (
         "bert",
         OFTEN | {"tries": 1, "max_dendrites": 2},
@@ -659,12 +592,21 @@ def assert_same_optimizer(first: Trainer, second: Trainer):
 
 
 def test_a_resume_after_a_kill_in_the_middle_of_growth_is_tensor_identical(tmp_path):
-    whole = run(tmp_path / "whole", pai=OFTEN, **SAVED | {"save_steps": 2})
-    killed = subprocess.run(program(tmp_path / "killed", "killed"), env=environment(), capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    def kill(state, control, kwargs):
+        if state.global_step == 4 and "pai/dendrites" in kwargs["logs"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    settings = {"pai": OFTEN} | SAVED | {"save_steps": 2}
+    whole = run(tmp_path / "whole", **settings)
+    process = multiprocessing.get_context("fork").Process(
+        target=run, args=(tmp_path / "killed",), kwargs={"callbacks": [At("on_log", kill)]} | settings
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     checkpoint = tmp_path / "killed" / "checkpoint-4"
     assert json.loads((checkpoint / STATE_FILE).read_text())["pending"]["metric"] == history(whole)[1]["metric"]
-    again = run(tmp_path / "killed", pai=OFTEN, resume=checkpoint, **SAVED | {"save_steps": 2})
+    again = run(tmp_path / "killed", resume=checkpoint, **settings)
     assert_same(tensors(whole.model), tensors(again.model))
     assert_same_optimizer(whole, again)
 
@@ -680,58 +622,40 @@ def test_the_best_model_is_loaded_exactly_whatever_its_number_of_dendrites(tmp_p
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> tuple[Path, Trainer]:
-    """A run of perforatedai's own settings with its checkpoints of steps 2 and 4."""
+def saved(tmp_path_factory) -> Path:
+    """A checkpoint of a run with perforatedai's own settings."""
     folder = tmp_path_factory.mktemp("saved")
-    return folder, run(folder, pai=OLD, **SAVED | {"max_steps": 6, "save_steps": 2})
+    run(folder, pai=OLD, **SAVED | {"max_steps": 4, "save_steps": 4})
+    return folder / "checkpoint-4"
 
 
 OLD = {"preset": "perforatedai", "schedule": "fixed", "interval": 1}
 
 
-def copied(folder: Path, to: Path, **changes) -> Path:
-    """A checkpoint of `saved` with changes in its state; None deletes a key."""
-    shutil.copytree(folder / "checkpoint-4", to)
-    state = json.loads((to / STATE_FILE).read_text()) | changes
-    (to / STATE_FILE).write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
-    return to
-
-
-def test_a_checkpoint_of_an_older_version_says_what_to_set_and_then_resumes(saved, tmp_path):
-    folder, whole = saved
-    score = json.loads((folder / "checkpoint-4" / STATE_FILE).read_text())["pending"]["metric"]
-    checkpoint = copied(folder, tmp_path / "checkpoint-4", config=None, activation="sigmoid", pending=score)
-    with pytest.raises(PAIError, match="activation: sigmoid.*If an older .* set preset: perforatedai"):
-        run(tmp_path / "a", pai={}, resume=checkpoint, max_steps=6)
-    again = run(tmp_path / "b", pai=OLD, resume=checkpoint, max_steps=6)
-    assert_same(tensors(whole.model), tensors(again.model))
-    assert_same_optimizer(whole, again)
-
-
-def test_a_tensor_missing_or_left_over_is_an_error(saved, tmp_path):
-    weights = copied(saved[0], tmp_path / "checkpoint-4") / "model.safetensors"
-    state = load_file(weights)
-    state["stray"] = state.pop("classifier.dense.dendrites_to_top.0")
-    save_file(state, weights, metadata={"format": "pt"})
-    with pytest.raises(PAIError, match=r"lacks \['classifier.dense.dendrites_to_top.0'\].*has \['stray'\]"):
-        run(tmp_path, pai=OLD, resume=weights.parent, max_steps=6)
-
-
-def test_a_checkpoint_of_other_layers_settings_or_without_dendrites_is_refused(saved, tmp_path):
-    for changes, message in (
-        ({"modules": ["dense"]}, "the checkpoint has dendrites on .* the configuration on"),
-        ({"activation": "tanh"}, "written with activation: sigmoid, the configuration has tanh"),
-        ({"top_learning_rate": 10}, "written with top_learning_rate: 1, the configuration has 10"),
-    ):
-        with pytest.raises(PAIError, match=message):
-            run(tmp_path / "b", pai=OLD | changes, resume=saved[0] / "checkpoint-2", max_steps=6)
-    run(tmp_path / "c", **SAVED | {"max_steps": 2})
-    with pytest.raises(PAIError, match="cannot be resumed with dendrites.*pai_state.json"):
-        run(tmp_path / "d", pai={}, resume=tmp_path / "c" / "checkpoint-2", **SAVED)
-
-
-class AudioTrainerWithDendrites(PAITrainerMixin, AudioTrainer):
-    pass
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modules": ["dense"]}, "modules must be .*mlp.fc1.* was written with it, got .'classifier.dense'."),
+        ({"activation": "tanh"}, "activation must be sigmoid, as .* was written with it, got tanh"),
+        ({"top_learning_rate": 10}, "top_learning_rate must be 1, .* got 10"),
+        ("a tensor less", r"missing \['classifier.dense.dendrites_to_top.0'\].*left over \['stray'\]"),
+        ("an older version", "cannot be resumed by this pai_callback.py .KeyError.'config'.*or set max_dendrites: 0"),
+        ("no dendrites", "cannot be resumed by this pai_callback.py .*No such file"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(saved, tmp_path, changes, message):
+    checkpoint = shutil.copytree(saved, tmp_path / "checkpoint-4")
+    if changes == "a tensor less":
+        state = load_file(checkpoint / "model.safetensors")
+        state["stray"] = state.pop("classifier.dense.dendrites_to_top.0")
+        save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    elif changes == "an older version":
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        (checkpoint / STATE_FILE).write_text(json.dumps({key: state[key] for key in state if key != "config"}))
+    elif changes == "no dendrites":
+        (checkpoint / STATE_FILE).unlink()
+    with pytest.raises(PAIError, match=message):
+        run(tmp_path, pai=OLD | (changes if isinstance(changes, dict) else {}), resume=checkpoint, max_steps=6)
 
 
 class NoProcessor:
@@ -744,7 +668,7 @@ def test_dendrites_learn_at_the_rate_of_their_layer_in_a_trainer_with_many_group
         rates = {name: 1e-2 if name.startswith("classifier") else 1e-3 for name, _ in model.named_parameters()}
         return {"model": model, "options": {"learning_rates": rates, "processing_class": NoProcessor()}}
 
-    common = {"pai": EARLY, "trainer": AudioTrainerWithDendrites, **SAVED, "max_steps": 6, "save_steps": 2}
+    common = {"pai": EARLY, "trainer": train.DendriticAudioTrainer, **SAVED, "max_steps": 6, "save_steps": 2}
     whole = run(tmp_path, **common, **options(build()))
     names = {id(p): name for name, p in whole.model.named_parameters()}
     assert len(whole.optimizer.param_groups) == 8
@@ -772,19 +696,39 @@ def test_dendrites_grow_on_frozen_layers(tmp_path):
 
 # Two processes
 
+SCHEDULES = {"early": EARLY, "often": OFTEN}
 DISTRIBUTED = {"optim": "sgd", "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True,
                "metric_for_best_model": "loss", "learning_rate": 5e-2, "save_total_limit": None}  # fmt: skip
 
 
+def train_rank(rank: int, folder: Path, port: int) -> None:
+    """What a rank does: for each schedule a run, and its resume from a checkpoint at which it grows."""
+    for state in (AcceleratorState, PartialState):
+        state._shared_state.clear()  # of the process that was forked
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    for name, pai in SCHEDULES.items():
+        whole = run(folder / name, pai=pai, **DISTRIBUTED)
+        assert whole.args.world_size == 2
+        again = run(folder / f"{name}-again", pai=pai, resume=folder / name / "checkpoint-4", **DISTRIBUTED)
+        for which, trainer in (("whole", whole), ("again", again)):
+            save_file(tensors(trainer.model), folder / f"{name}-{which}-{rank}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(events(whole)))
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """One start of two gloo ranks: for each schedule a run, and its resume from a checkpoint at which it grows."""
+    """The folder in which two gloo ranks left what they trained."""
+    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, *program(folder, "distributed")[1:]], env=environment(), capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [multiprocessing.get_context("fork").Process(target=train_rank, args=(n, folder, port)) for n in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     return folder
 
 
@@ -853,51 +797,81 @@ class Unused(SmallCNN):
         self.never = nn.Linear(2, 2)
 
 
-def test_a_layer_that_is_never_called_is_refused(tmp_path):
-    with pytest.raises(PAIError, match="never calls never"):
-        run(tmp_path, "cnn", {"modules": ["never"]}, model=Unused())
+def optimized(kind: type, parameters: Callable) -> Callable:
+    """A change of a trainer: an optimizer of its own."""
+    return lambda trainer: setattr(trainer, "optimizer", kind(parameters(trainer.model), lr=0.1))
+
+
+def argument(name: str, value: Any) -> Callable:
+    """A change of a trainer: an argument that would need several devices."""
+    return lambda trainer: setattr(trainer.args, name, value)
+
+
+SPLIT = "nn.DataParallel, FSDP and DeepSpeed cannot follow growth"
+BEST = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.mark.parametrize(
-    ("pai", "changes", "message"),
+    ("settings", "change", "message"),
     [
-        (OFTEN | {"metric": "acuracy"}, {}, "got 'eval_acuracy' .did you mean 'eval_accuracy'"),
-        (OFTEN, {"eval_strategy": "no"}, "eval_strategy must be steps or epoch"),
-        ({}, {"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"pai": OFTEN | {"metric": "acuracy"}}, None, "got 'eval_acuracy' .did you mean 'eval_accuracy'"),
+        ({"pai": OFTEN, "eval_strategy": "no"}, None, "eval_strategy must be steps or epoch"),
+        ({"auto_find_batch_size": True}, None, "auto_find_batch_size"),
+        ({"pai": {"modules": ["never"]}, "kind": "cnn", "model": Unused()}, None, "never calls never"),
+        ({}, optimized(torch.optim.LBFGS, nn.Module.parameters), "optimizer LBFGS cannot take new parameters .Type"),
+        (
+            {},
+            optimized(torch.optim.Adagrad, nn.Module.parameters),
+            "Adagrad cannot take new parameters .KeyError.'sum'",
+        ),
+        ({"optim": "adagrad"}, None, "the optimizer Adagrad cannot take new parameters"),
+        (
+            {},
+            optimized(torch.optim.SGD, lambda m: m.classifier.parameters()),
+            "it does not hold all trained parameters",
+        ),
+        ({}, argument("_n_gpu", 2), SPLIT),
+        ({}, argument("fsdp", ["full_shard"]), SPLIT),
+        ({}, argument("deepspeed", {"zero_optimization": {}}), SPLIT),
+        ({"trainer": Trainer} | BEST, None, "load_best_model_at_end.*need PAITrainer"),
+        ({"trainer": Trainer}, argument("push_to_hub", True), "pushes while it trains need PAITrainer"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(pai, changes, message, tmp_path):
+def test_what_cannot_work_is_refused_before_the_training(settings, change, message, tmp_path):
+    trainer = trainer_for(tmp_path, **{"pai": {}} | settings)
+    if change is not None:
+        change(trainer)
     with pytest.raises(PAIError, match=message):
-        run(tmp_path, pai=pai, **changes)
+        trainer.train()
 
 
-def test_a_plain_trainer_refuses_what_only_paitrainer_can_do(tmp_path):
+def test_a_plain_trainer_says_that_it_cannot_resume_dendrites(tmp_path):
+    """Its checkpoints are models, as `save_model` writes them."""
     saving = SAVED | {"save_steps": 2, "max_steps": 4, "trainer": Trainer}
-    with pytest.raises(PAIError, match="load_best_model_at_end.*need PAITrainer"):
-        run(tmp_path, pai={}, load_best_model_at_end=True, **saving)
     run(tmp_path, "bert", {}, **saving)
-    with pytest.raises(RuntimeError, match="size mismatch"):  # its checkpoints are models, as save_model writes them
+    with pytest.raises(PAIError, match="Trainer cannot resume a checkpoint with dendrites: .* with PAITrainer"):
         run(tmp_path, "bert", {}, resume=tmp_path / "checkpoint-2", **saving | {"max_steps": 6})
 
 
-def test_an_optimizer_that_cannot_take_dendrites_is_refused(tmp_path):
-    for make, name in (
-        (lambda model: torch.optim.LBFGS(model.parameters()), "LBFGS"),
-        (lambda model: torch.optim.SGD(model.classifier.parameters()), "SGD"),
-    ):
-        model = build()
-        with pytest.raises(PAIError, match=f"the optimizer {name} cannot take new parameters"):
-            run(tmp_path, pai={}, model=model, options={"optimizers": (make(model), None)})
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_what_is_pushed_while_it_trains_loads_as_a_model(strategy, online, tmp_path):
+    pushed = []
 
+    def load(state, control, kwargs):
+        kwargs["trainer"]._finish_current_push()
+        model = AutoModelForSequenceClassification.from_pretrained("me/bert", trust_remote_code=True)
+        pushed.append(len(getattr(model.config, "dendrites", {})))
+        assert torch.equal(logits(model, "bert"), logits(kwargs["model"], "bert"))  # growth has changed no score
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("_n_gpu", 2), ("fsdp", ["full_shard"]), ("deepspeed", {"zero_optimization": {}})]
-)
-def test_data_parallel_fsdp_and_deepspeed_are_refused(field, value, tmp_path, monkeypatch):
-    trainer = trainer_for(tmp_path, pai={})
-    monkeypatch.setattr(trainer.args, field, value)
-    with pytest.raises(PAIError, match="nn.DataParallel, FSDP and DeepSpeed cannot follow growth"):
-        trainer.pai_callback.on_train_begin(trainer.args, trainer.state, None, trainer.model, train_dataloader=None)
+    look = At("on_save", load)
+    settings = SAVED | {"push_to_hub": True, "hub_model_id": "me/bert", "hub_strategy": strategy, "save_steps": 3}
+    look.trainer = trainer_for(tmp_path / "bert", "bert", EARLY, callbacks=[look], max_steps=7, **settings)
+    if strategy == "checkpoint":
+        with pytest.raises(PAIError, match="hub_strategy must be end or every_save, .* got checkpoint"):
+            look.trainer.train()
+    else:
+        look.trainer.train()
+        assert pushed == [3, 3, 3]
 
 
 def test_perforatedbp_is_refused(tmp_path, monkeypatch):
@@ -922,42 +896,3 @@ def test_two_trainings_at_the_same_time_do_not_touch_each_other(tmp_path):
     whole = run(tmp_path / "2", "vit", EARLY | {"activation": "tanh"}, callbacks=[At("on_step_end", train_another)])
     assert_same(tensors(alone.model), tensors(whole.model))
     assert other.evaluate()["eval_loss"] > 0 and "grown" in events(other)
-
-
-# The program
-
-SCHEDULES = {"early": EARLY, "often": OFTEN}
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-
-
-def program(folder: Path, scenario: str) -> list[str]:
-    return [sys.executable, __file__, str(folder), scenario]
-
-
-def killed(folder: Path) -> None:
-    """Growth at step 4 is in progress: SIGKILL before the next checkpoint."""
-
-    def kill(state, control, kwargs):
-        if state.global_step == 4 and "pai/dendrites" in kwargs["logs"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    run(folder, pai=OFTEN, callbacks=[At("on_log", kill)], **SAVED | {"save_steps": 2})
-
-
-def distributed(folder: Path) -> None:
-    """Both ranks write what they ended with."""
-    rank = os.environ["RANK"]
-    for name, pai in SCHEDULES.items():
-        whole = run(folder / name, pai=pai, **DISTRIBUTED)
-        save_file(tensors(whole.model), folder / f"{name}-whole-{rank}.safetensors")
-        again = run(folder / f"{name}-again", pai=pai, resume=folder / name / "checkpoint-4", **DISTRIBUTED)
-        save_file(tensors(again.model), folder / f"{name}-again-{rank}.safetensors")
-        if rank == "0":
-            (folder / f"{name}.json").write_text(json.dumps(events(whole)))
-
-
-if __name__ == "__main__":
-    {"killed": killed, "distributed": distributed}[sys.argv[2]](Path(sys.argv[1]))

@@ -48,7 +48,7 @@ SECRET = "correct-horse-battery"
 MODEL = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 REPORTS = {"config.yaml", "confusion_matrix.png", "learning_curves.png", "metrics.json", "predictions.parquet"}
 PLAIN = MODEL | REPORTS | {"comparison.json"}
-DENDRITIC = PLAIN | {"comparison.md", "comparison.png", "dendrites.png", "dendritic.py"}
+DENDRITIC = PLAIN | {"comparison.md", "comparison.csv", "comparison.png", "dendrites.png", "dendritic.py"}
 
 
 def write_recipe(folder: Path, tones: Path, **changes) -> str:

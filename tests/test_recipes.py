@@ -120,6 +120,7 @@ RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 def test_a_shipped_recipe_runs(path, data, pretrained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where perforatedai writes
     recipe = parse_recipe([str(path)])
+    assert path.read_text().startswith("# ")  # says what it is
     if recipe.dendrites.pai:
         pytest.importorskip("perforatedai")
     options = {
@@ -137,8 +138,7 @@ def test_a_shipped_recipe_runs(path, data, pretrained, tmp_path, monkeypatch):
     )
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     clips = {"ashraq/esc50": 4, "agkphysics/AudioSet": 40} | dict.fromkeys(SPEECH_COMMANDS, 4)
-    clips = clips.get(recipe.data.dataset, 2)
-    assert metrics["steps"] == 2 and metrics["test"]["clips"] == clips
+    assert metrics["steps"] == 2 and metrics["test"]["clips"] == clips.get(recipe.data.dataset, 2)
     reasons = metrics["skipped"].get("train", [])
     assert len(reasons) == (recipe.data.dataset in ("agkphysics/AudioSet", *SPEECH_COMMANDS))
     card = (tmp_path / "run" / "README.md").read_text()  # names a file without its folder

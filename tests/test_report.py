@@ -1,3 +1,5 @@
+"""Scores against counts by hand, tables, figures, and the facts of a run."""
+
 import json
 import platform
 import shutil
@@ -7,36 +9,30 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from pandas import DataFrame
 from transformers.trainer_utils import PredictionOutput
 
-from audio_dendrites.results.metrics import Accuracy, MacroF1, MeanAveragePrecision, PerClassAccuracy
-from audio_dendrites.results.plots import plot_confusion, plot_learning_curves
+from audio_dendrites.results.metrics import Scores
+from audio_dendrites.results.plots import plot_confusion, plot_dendrites, plot_learning_curves, save_figure
 from audio_dendrites.results.report import commit_of, environment
 from audio_dendrites.results.scores import predictions_table, score
 from audio_dendrites.results.tables import markdown_table
 
-LOGITS = [[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 2.0, 0.0], [0.0, 1.0, 4.0]]
+NAMES = ["cat", "dog", "owl"]
+LOGITS = np.array([[2, 1, 0], [0, 3, 1], [1, 2, 0], [0, 1, 4]], np.float32)
 LABELS = [0, 1, 0, 2]  # the third clip is taken for class 1
+INDEX = DataFrame({"clip": list("abcd"), "fold": "1", "group": list("aabb"), "label": [NAMES[i] for i in LABELS]})
+TABLE = predictions_table(INDEX, PredictionOutput(LOGITS, None, None), NAMES)
 
 
-def test_metrics_agree_with_a_count_by_hand():
-    answers = [
-        metric().compute(predictions=LOGITS, references=LABELS) for metric in (Accuracy, MacroF1, PerClassAccuracy)
-    ]
-    assert answers[0] == {"accuracy": 0.75}
-    assert answers[1]["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
-    assert answers[2] == {"per_class_accuracy": {0: 0.5, 1: 1.0, 2: 1.0}}
-
-
-def test_mean_average_precision_by_hand():
-    # Class 0 ranks its clips first and second: 1. So do the others their one clip.
-    assert MeanAveragePrecision().compute(predictions=LOGITS, references=LABELS) == {"mAP": 1.0}
-    # Class 0 has its clips at ranks 1 and 3 of 3: (1 + 2/3) / 2; class 1 its clip at rank 2: 1/2.
-    scores = [[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]]
-    found = MeanAveragePrecision().compute(predictions=scores, references=[0, 1, 0])["mAP"]
-    assert found == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2) / 2)
+def test_scores_by_hand():
+    assert isinstance(Scores(), evaluate.Metric)
+    found = Scores().compute(predictions=LOGITS, references=LABELS)
+    # Every class ranks its own clips first.
+    assert found == {"accuracy": 0.75, "macro_f1": pytest.approx((2 / 3 + 2 / 3 + 1) / 3), "mAP": 1.0}
+    # Class 0 has its clips at ranks 1 and 3 of 3: (1 + 2/3) / 2. Class 1 has its clip at rank 2: 1/2.
+    found = Scores().compute(predictions=[[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]], references=[0, 1, 0])
+    assert found["mAP"] == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2) / 2)
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("cross_entropy", 1), ("bce", 3 / 4)])
@@ -46,42 +42,13 @@ def test_clips_are_ranked_by_the_probabilities_of_the_loss(loss, expected):
     assert score(predictions, ["cat", "dog"], loss)["mAP"] == expected
 
 
-def test_metrics_combine_and_are_evaluates_own_kind():
-    both = evaluate.combine([Accuracy(), MacroF1()])
-    assert both.compute(predictions=LOGITS, references=LABELS).keys() == {"accuracy", "macro_f1"}
-    assert isinstance(Accuracy(), evaluate.Metric) and "highest score" in Accuracy().description
-
-
-def table():
-    names = ["cat", "dog", "owl"]
-    return DataFrame(
-        {
-            "clip": list("abcd"),
-            "fold": ["1"] * 4,
-            "group": list("aabb"),
-            "label": [names[i] for i in LABELS],
-            "predicted": [names[np.argmax(row)] for row in LOGITS],
-            "logits": [np.array(row, dtype=np.float32) for row in LOGITS],
-        }
-    )
-
-
-def test_predictions_keep_the_source_recording():
-    index = table().drop(columns=["predicted", "logits"])
-    found = predictions_table(index, PredictionOutput(np.array(LOGITS), None, None), ["cat", "dog", "owl"])
-    assert found.columns.tolist() == ["clip", "fold", "group", "label", "predicted", "logits"]
-    assert found.drop(columns="logits").equals(table().drop(columns="logits"))
-
-
-def test_scores_by_class_have_names_and_counts():
-    scores = score(table(), ["cat", "dog", "owl"])
-    assert scores["accuracy"] == 0.75 and scores["clips"] == 4
+def test_predictions_and_scores_have_names():
+    assert TABLE.columns.tolist() == ["clip", "fold", "group", "label", "predicted", "logits"]
+    assert TABLE["predicted"].tolist() == ["cat", "dog", "dog", "owl"] and TABLE["group"].tolist() == list("aabb")
+    scores = score(TABLE, [*NAMES, "yak"])
+    assert scores["clips"] == 4 and scores["per_class"].keys() == set(NAMES)  # the yak has no clips
     assert scores["per_class"]["cat"] == {"accuracy": 0.5, "f1": pytest.approx(2 / 3), "clips": 2}
     assert json.loads(json.dumps(scores)) == scores
-
-
-def test_a_class_without_clips_is_left_out_rather_than_scored():
-    assert score(table(), ["cat", "dog", "owl", "yak"])["per_class"].keys() == {"cat", "dog", "owl"}
 
 
 def test_tables_align():
@@ -93,15 +60,23 @@ def test_tables_align():
     ]
 
 
-def test_plots_are_pictures_with_something_on_them(tmp_path):
-    plot_confusion(table(), ["cat", "dog", "owl"], "title", tmp_path / "confusion.png")
-    log = [{"epoch": e, "loss": 1 / e, "learning_rate": 0.1} for e in (1, 2)]
-    log += [{"epoch": e, "eval_loss": 2 / e, "eval_accuracy": e / 3} for e in (1, 2)]
-    plot_learning_curves(log, "accuracy", tmp_path / "curves.png")
-    for name in ("confusion.png", "curves.png"):
-        picture = imread(tmp_path / name)
-        assert min(picture.shape[:2]) > 300 and picture.std() > 0.05
-    assert len(list(tmp_path.iterdir())) == 2  # nothing half-written is left
+def test_figures_show_the_numbers_of_the_run(tmp_path):
+    log = [{"epoch": e, "step": e, "loss": 1 / e, "learning_rate": 0.1} for e in (1, 2)]
+    log += [{"epoch": e, "step": e, "eval_loss": 2 / e, "eval_accuracy": e / 3} for e in (1, 2)]
+    curves = plot_learning_curves(log, "accuracy").axes
+    lines = [[line.get_ydata().tolist() for line in axes.lines] for axes in curves]
+    assert lines == [[[1.0, 0.5], [2.0, 1.0]], [[1 / 3, 2 / 3]], [[0.1, 0.1]]]
+    use = {"metric": "accuracy", "lost": 0.2, "used": True, "layers": {"fc": 0.3, "head": 0.4}}
+    growth = [{"event": "grown", "step": 1, "dendrites": 1}]
+    scores, shares = plot_dendrites(log, "accuracy", {"growth": growth, "use": use}).axes
+    assert [line.get_xdata()[0] for line in scores.lines] == [1, 1] and "used: 20.0 points" in shares.get_title("right")
+    assert [bar.get_width() for bar in shares.patches] == [0.3, 0.4]
+    figure = plot_confusion(TABLE, NAMES, "title")
+    assert [(*text.get_position(), text.get_text()) for text in figure.axes[0].texts] == [
+        (0, 0, "1"), (1, 0, "1"), (1, 1, "1"), (2, 2, "1")
+    ]  # fmt: skip
+    save_figure(figure, tmp_path / "confusion.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]  # nothing half-written is left
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])

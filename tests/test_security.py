@@ -32,10 +32,10 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassificati
 class Config(ASTConfig):
     model_type = {kind!r}
 
-class Model(ASTForAudioClassification):
+class ModelForAudioClassification(ASTForAudioClassification):
     config_class = Config
 
-class Extractor(ASTFeatureExtractor):
+class FeatureExtractor(ASTFeatureExtractor):
     pass
 """
 
@@ -49,29 +49,20 @@ def trace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def planted(tmp_path, trace):
-    """Makes the folder of a model of a type, whose configurations name code of the folder."""
+    """Makes the folder of a model of a type. Its configurations name code in the folder."""
 
     def make(kind):
         fields = TINY_AST | {"max_length": 48, "id2label": dict(enumerate(LABELS))}
-        if kind == DendriticASTConfig.model_type:
-            model = DendriticASTForAudioClassification(DendriticASTConfig(**fields))
-        else:
-            model = ASTForAudioClassification(ASTConfig(**fields))
+        grown = kind == DendriticASTConfig.model_type
         folder = tmp_path / "planted"
-        model.save_pretrained(folder)
+        model_class = DendriticASTForAudioClassification if grown else ASTForAudioClassification
+        model_class(model_class.config_class(**fields)).save_pretrained(folder)
         ASTFeatureExtractor(max_length=48).save_pretrained(folder)
         (folder / "code.py").write_text(CODE.format(trace=str(trace), kind=kind))
-        names = {
-            "AutoConfig": "Config",
-            "AutoModelForAudioClassification": "Model",
-            "AutoFeatureExtractor": "Extractor",
-        }
-        for file in ("config.json", "preprocessor_config.json"):
-            values = json.loads((folder / file).read_text())
-            values["auto_map"] = {auto: f"code.{name}" for auto, name in names.items()}
-            if file == "config.json":
-                values["model_type"] = kind
-            (folder / file).write_text(json.dumps(values))
+        names = ("Config", "ModelForAudioClassification", "FeatureExtractor")
+        own = {"auto_map": {f"Auto{name}": f"code.{name}" for name in names}}
+        for file, changes in {"config.json": own | {"model_type": kind}, "preprocessor_config.json": own}.items():
+            (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
         return folder
 
     return make
@@ -92,9 +83,8 @@ def start_from(folder):
 
 
 def distil_from(folder):
-    load_teacher(
-        str(folder), LABELS, load_extractor(ModelArguments(), FeatureArguments(max_length=48)), "cross_entropy"
-    )
+    extractor = load_extractor(ModelArguments(), FeatureArguments(max_length=48))
+    load_teacher(str(folder), LABELS, extractor, "cross_entropy")
 
 
 @pytest.mark.parametrize("load", [classify, export, start_from, distil_from])
@@ -139,25 +129,22 @@ def test_no_pickle_of_a_model_runs(planted, trace, tmp_path):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth"])
 def test_no_pickle_of_a_checkpoint_runs(tones, tmp_path, trace, name):
-    fields = {"model_config": TINY_AST, "max_length": 48, "precision": "fp32", "report_to": ["none"]}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TONES | fields | {"dataset": str(tones)}))
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
+    fields = {"model_config": TINY_AST, "max_length": 48, "precision": "fp32", "report_to": ["none"]}
+    fields |= {"dataset": str(tones), "output_dir": str(tmp_path / "run"), "resume_from_checkpoint": str(checkpoint)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TONES | fields))
     save_file({"weight": torch.zeros(1)}, checkpoint / "model.safetensors")
     (checkpoint / "trainer_state.json").write_text("{}")
     states = {"python": (3, (1, 2), None), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": states}, checkpoint / file)
-    recipe = parse_recipe(
-        [str(tmp_path / "recipe.yaml"), f"--output_dir={tmp_path / 'run'}", f"--resume_from_checkpoint={checkpoint}"]
-    )
+    recipe = parse_recipe([str(tmp_path / "recipe.yaml")])
     with pytest.raises(FileNotFoundError, match="config.json"):  # whole but for what comes next
         train.main(recipe)
     for planted in (torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))):
         planted({"state": Bomb(trace)}, checkpoint / name)
-        with pytest.raises(
-            UserError, match=f"resume_from_checkpoint: .*checkpoint-2: {name} (holds objects|is missing)"
-        ):
+        with pytest.raises(UserError, match=f"from_checkpoint: .*checkpoint-2: {name} (holds objects|is missing)"):
             train.main(recipe)
     assert not trace.exists()
 

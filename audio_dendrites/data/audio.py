@@ -12,28 +12,28 @@ import soundfile
 import soxr
 
 HAS_AV = find_spec("av") is not None
-# What PyAV reads and libsndfile does not. FFmpeg has demuxers that open other files or addresses, such as those of
-# playlists, and tells formats by their content. So only these demuxers are allowed.
+# PyAV reads these formats, libsndfile does not. FFmpeg recognises formats by their content, and some of its demuxers,
+# such as those of playlists, open other files or addresses. So only these demuxers are allowed.
 _AV_DEMUXERS = "mov,matroska,asf,aac,amr"
 _AV_SUFFIXES = {
     ".3gp", ".aac", ".amr", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp4", ".webm", ".wma", ".wmv",
 }  # fmt: skip
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"} | _AV_SUFFIXES
 
-# libsndfile reads a cut file as far as it goes and only notes in its log that the header promised more.
+# libsndfile reads as much of a cut file as there is, and only its log says that the header declares more.
 _SHORT_DATA_CHUNK = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
-# Programs that write to a pipe leave one of these sizes in the header: "until the end of the file".
+# Programs that write to a pipe write a size of at least this into the header. It means "until the end of the file".
 _UNKNOWN_SIZE = 0x7FFF_F000
-# Headers are off by some bytes in files that play to their end. A clip that misses more than this is damaged.
+# The sizes in the headers of whole files may be wrong by some bytes. A clip with a smaller share than this is damaged.
 _COMPLETE = 0.99
 # Codecs pad a track by some 10 ms. Some containers count the padding as length.
-_PADDING = 0.1  # seconds, with room
+_PADDING = 0.1  # seconds, several times that
 _UNRECOGNISED = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT
 _OGG_LAST_PAGE = 0x04
 
 
 class BadClip(ValueError):
-    """A clip that no features can be made of; the message names the clip and the cause."""
+    """A clip whose features cannot be computed. The message names the clip and the cause."""
 
 
 def window_samples(sampling_rate: int) -> int:
@@ -50,20 +50,20 @@ def load_waveform(
     """Decode one sound file, make it mono and resample it.
 
     Args:
-        audio: What `datasets.Audio(decode=False)` yields: `bytes`, the content of a sound file, and `path`, which is
-            read if `bytes` is None. Every rate and every format of libsndfile (wav, flac, ogg, mp3, ...) is accepted,
-            and with PyAV installed also the sound of m4a, mp4, webm and the other `SUFFIXES`.
+        audio: A value of `datasets.Audio(decode=False)`: `bytes`, the content of a sound file, and `path`, which is
+            read if `bytes` is None. The file may have any rate and any format of libsndfile (wav, flac, ogg, mp3, …).
+            With PyAV, it may also be m4a, mp4, webm or another of the `SUFFIXES`.
         sampling_rate: Rate of the result in Hz.
         name: Name of the clip in error messages. Defaults to its path.
-        channel: Whether the result is the mean over the channels or the first one, as AST's authors take it
+        channel: Take the mean over the channels, or the first channel as AST's authors do
             (`torchaudio.compliance.kaldi.fbank`).
 
     Returns:
         Waveform of shape (samples,), float32, full scale at ±1.
 
     Raises:
-        BadClip: There is no file, it is empty, damaged or cut short, or its signal is unusable: no samples,
-            NaN or infinite ones, silence, or less than one analysis window of 25 ms.
+        BadClip: The file is missing, empty, damaged or cut, or its signal is unusable: it has no samples, NaN or
+            infinite samples, silence, or less than one analysis window of 25 ms.
     """
     name = name or audio.get("path") or "clip"
     samples, rate = _decode(_content(audio, name), name)
@@ -72,35 +72,31 @@ def load_waveform(
     else:  # a product with the weights is several times faster than `mean(axis=1)`
         waveform = samples @ np.full(samples.shape[1], 1 / samples.shape[1], dtype=np.float32)
     if not waveform.size:
-        raise BadClip(f"{name}: the file holds no samples")
+        raise BadClip(f"{name}: the file has no samples")
     lowest, highest = waveform.min(), waveform.max()
     if not (np.isfinite(lowest) and np.isfinite(highest)):  # NaN passes through min and max
         raise BadClip(f"{name}: the signal has NaN or infinite samples")
     if lowest == highest:
-        raise BadClip(f"{name}: silent, every one of its {waveform.size} samples is {lowest:g}")
+        raise BadClip(f"{name}: silent, all of its {waveform.size} samples are {lowest:g}")
     if rate != sampling_rate:
         # soxr takes 0.5 to 0.7 of the time of torchaudio's resample (44.1, 48 and 96 kHz → 16 kHz, one core,
-        # benchmarks/features.py). From 44.1 kHz it keeps a tone of 7.3 kHz whole and takes 144 dB off one of
-        # 8.1 kHz, which would fold back; torchaudio's default filter takes 2.8 and 7.3 dB off them.
+        # benchmarks/features.py). From 44.1 kHz, it passes a tone of 7.3 kHz and attenuates a tone of 8.1 kHz, which
+        # would alias, by 144 dB. torchaudio's default filter attenuates them by 2.8 and 7.3 dB.
         waveform = soxr.resample(waveform, rate, sampling_rate, quality="HQ")
     if waveform.size < window_samples(sampling_rate):
         raise BadClip(
-            f"{name}: too short, {waveform.size} samples at {sampling_rate} Hz, "
-            f"one analysis window takes {window_samples(sampling_rate)} (25 ms)"
+            f"{name}: too short, must have at least {window_samples(sampling_rate)} samples at {sampling_rate} Hz (25 "
+            f"ms), got {waveform.size}"
         )
     return waveform
 
 
 def _content(audio: Mapping[str, bytes | str | None], name: str) -> bytes:
-    """Bytes of the sound file, from memory or from its path.
-
-    Raises:
-        BadClip: The clip has neither, the file cannot be read, or it is empty.
-    """
+    """Bytes of the sound file, from memory or from its path."""
     content, path = audio.get("bytes"), audio.get("path")
     if content is None:
         if path is None:
-            raise BadClip(f"{name}: neither bytes nor a path")
+            raise BadClip(f"{name}: the clip has neither bytes nor a path")
         try:
             content = Path(path).read_bytes()
         except OSError as error:
@@ -111,28 +107,24 @@ def _content(audio: Mapping[str, bytes | str | None], name: str) -> bytes:
 
 
 def _decode(content: bytes, name: str) -> tuple[np.ndarray, int]:
-    """Samples (frames, channels) as float32 and their rate in Hz.
-
-    Raises:
-        BadClip: The file cannot be decoded, or holds less than its header declares.
-    """
+    """Samples (frames, channels) as float32 and their rate in Hz."""
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
-            samples = file.read(file.frames, dtype="float32", always_2d=True)  # GSM must be told how many
+            samples = file.read(file.frames, dtype="float32", always_2d=True)  # GSM needs the number
             declared, log, rate, container = file.frames, file.extra_info, file.samplerate, file.format
     except soundfile.LibsndfileError as error:
         if error.code == _UNRECOGNISED:
             return _decode_with_av(content, name)
         raise BadClip(f"{name}: cannot decode: {error.error_string}") from error
     except (ValueError, MemoryError) as error:
-        # No array is that large: a damaged header, or FLAC's open one, which counts as 2^63 - 1 samples.
-        raise BadClip(f"{name}: cannot decode: its header declares no possible length") from error
+        # The header is damaged, or it is a FLAC header without a length, which counts as 2^63 - 1 samples.
+        raise BadClip(f"{name}: cannot decode: its header declares an impossible length") from error
     if len(samples) < _COMPLETE * declared:
         raise BadClip(f"{name}: truncated, {len(samples)} of {declared} samples could be decoded")
     if short := _SHORT_DATA_CHUNK.search(log):
-        wanted, present = map(int, short.groups())
-        if wanted < _UNKNOWN_SIZE and present < _COMPLETE * wanted:
-            raise BadClip(f"{name}: truncated, {present} of {wanted} bytes of audio are there")
+        size, present = map(int, short.groups())
+        if size < _UNKNOWN_SIZE and present < _COMPLETE * size:
+            raise BadClip(f"{name}: truncated, the file has {present} of {size} bytes of audio")
     # An Ogg file declares no length, but marks its last page.
     if container == "OGG" and not content[content.rfind(b"OggS") + 5] & _OGG_LAST_PAGE:
         raise BadClip(f"{name}: truncated, the Ogg stream has no last page")
@@ -140,11 +132,7 @@ def _decode(content: bytes, name: str) -> tuple[np.ndarray, int]:
 
 
 def _decode_with_av(content: bytes, name: str) -> tuple[np.ndarray, int]:
-    """Samples (frames, channels) as float32 and their rate in Hz, of the first sound track of a file.
-
-    Raises:
-        BadClip: PyAV is not installed or cannot decode the file, or the file holds less than its header declares.
-    """
+    """Samples (frames, channels) as float32 and their rate in Hz, of the first sound track of a file."""
     if not HAS_AV:
         raise BadClip(f"{name}: cannot decode: format not recognised. m4a, mp4 and webm need PyAV: pip install av")
     import av
@@ -164,7 +152,7 @@ def _decode_with_av(content: bytes, name: str) -> tuple[np.ndarray, int]:
     except (av.FFmpegError, ValueError, MemoryError) as error:
         raise BadClip(f"{name}: cannot decode: {getattr(error, 'strerror', None) or error}") from error
     if not parts:
-        raise BadClip(f"{name}: the file holds no samples")
+        raise BadClip(f"{name}: the file has no samples")
     samples, rate = np.concatenate([part.to_ndarray() for part in parts], axis=1).T, parts[0].sample_rate
     if len(samples) < (_COMPLETE * declared - _PADDING) * rate:
         raise BadClip(f"{name}: truncated, {len(samples)} of {declared * rate:.0f} samples could be decoded")

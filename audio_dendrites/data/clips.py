@@ -11,16 +11,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import (
-    Audio,
-    ClassLabel,
-    Dataset,
-    Features,
-    List,
-    Value,
-    concatenate_datasets,
-    load_dataset,
-)
+from datasets import Audio, ClassLabel, Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from datasets.data_files import EmptyDatasetError
 from datasets.fingerprint import Hasher
 from huggingface_hub import snapshot_download
@@ -36,7 +27,7 @@ from audio_dendrites.errors import UserError
 from audio_dendrites.recipes import DataArguments
 
 FILES = {".parquet": "parquet", ".csv": "csv"}
-ARCHIVES = {  # unpacked archives by the table that tells them: the `audio_path` of their clips
+ARCHIVES = {  # the table by which an unpacked archive is recognised: the `audio_path` of its clips
     "metadata/UrbanSound8K.csv": "audio/fold{fold}/{slice_file_name}",
     "meta/esc50.csv": "audio/{filename}",
 }
@@ -46,9 +37,9 @@ def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
     """All clips of a data set: their sound, and an index of them.
 
     Returns:
-        The sound, not decoded, in `audio_column` (and the names in `clip_column`, if there is one); and the index. Its
-        rows are the same clips. Its text columns are `clip`, `fold`, `label` (a class name, or a list of them if the
-        data set has lists) and `group` (the source recording, or the clip itself if no column names a recording).
+        The sound, not decoded, in `audio_column` (and the names in `clip_column`, if there is one); and an index with
+        the same rows. The columns of the index are text: `clip`, `fold`, `label` (a class name, or a list of them if
+        the data set has lists) and `group` (the source recording, or the clip itself if no column names a recording).
 
     Raises:
         UserError: The data set is unknown or unreachable, lacks a column or a file, or has a clip in two rows.
@@ -57,8 +48,7 @@ def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
     clips, splits = _load(arguments)
     if template:
         clips = _with_paths(clips, template, arguments)
-    fields = ("audio_column", "label_column", "fold_column", "clip_column", "group_column")
-    for field in fields:
+    for field in ("audio_column", "label_column", "fold_column", "clip_column", "group_column"):
         column = getattr(arguments, field)
         if column is not None and column not in clips.column_names:
             raise _no_column(field, column, clips, arguments)
@@ -83,66 +73,66 @@ def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
 
 
 def is_local(name: str | None) -> bool:
-    """Whether a data set or a model is a file or folder of this machine, which then comes before one of the Hub."""
+    """Whether a data set or a model is a file or folder of this machine. Such a path takes precedence over a Hub id."""
     return name not in (None, "synthetic") and Path(name).expanduser().exists()
 
 
 def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
-    """All clips of the splits that are asked for, and for each clip the name of its split."""
-    name, revision = arguments.dataset, arguments.dataset_revision
-    kind, cache = kind_of(name), datasets.config.HF_DATASETS_CACHE
-    wanted = list(dict.fromkeys(split for folds in arguments.folds.values() for split in folds))
-    wanted = wanted if arguments.train_split else [arguments.dataset_split]
-    if arguments.train_split and kind in ("file", "synthetic"):
-        raise UserError(f"train_split: {name} has no splits of its own: wanted folds (fold_column) or split_shares")
+    """All clips of the splits that the recipe uses, and the name of the split of each clip."""
+    name, revision, kind = arguments.dataset, arguments.dataset_revision, kind_of(arguments.dataset)
+    splits = [arguments.dataset_split]
+    if arguments.train_split:
+        splits = list(dict.fromkeys(split for folds in arguments.folds.values() for split in folds))
+        if kind in ("file", "synthetic"):
+            raise UserError(
+                f"train_split must be left out for {name}, which has no splits of its own, got "
+                f"{arguments.train_split!r}; set fold_column or split_shares instead"
+            )
     if kind == "synthetic":
-        clips = load_synthetic(clips_per_class=arguments.synthetic_clips // 10)
+        workers = arguments.preprocessing_num_workers
+        clips = load_synthetic(clips_per_class=arguments.synthetic_clips // 10, num_proc=workers)
         return clips, ["train"] * len(clips)
+    cache = datasets.config.HF_DATASETS_CACHE
     way_out = (
-        f"{name!r} is not in the cache {cache}. Fetch it where there is a network with `python -m audio_dendrites.data "
-        f"download RECIPE` and set HF_HOME to the same cache here, or give a local copy: --dataset FOLDER"
+        f"{name!r} is not in the cache {cache}. Run `python -m audio_dendrites.data download RECIPE` where there is a "
+        f"network and set HF_HOME to the same cache here, or use a local copy: --dataset FOLDER"
     )
     try:
         if kind == "file":
             if (suffix := Path(name).suffix.lower()) not in FILES:
-                raise UserError(f"dataset: found the file {name}, wanted {' or '.join(FILES)}")
-            loaded = load_dataset(FILES[suffix], data_files=str(Path(name).expanduser()), split=wanted)
+                raise UserError(f"dataset must be a folder, a Hub id or a {' or '.join(FILES)} file, got {name}")
+            loaded = load_dataset(FILES[suffix], data_files=str(Path(name).expanduser()), split=splits)
         elif kind == "folder":
             if not (folder := folder_of(arguments)).is_dir():
                 raise no_folder(arguments)
-            loaded = _load_folder(folder, arguments, wanted)
+            loaded = _load_folder(folder, arguments, splits)
         else:
             with hub_errors("dataset", name, revision, way_out):
                 place, options = place_of(arguments)
-                loaded = load_dataset(place, split=wanted, **options)
+                loaded = load_dataset(place, split=splits, **options)
     except UserError:
         raise
     except (EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError) as error:
         raise UserError(f"dataset {name!r}: no audio and no Parquet file found ({error})") from error
     # An unknown split, a broken file, or a script, which the library does not run.
     except (RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"dataset {name!r}, split {', '.join(wanted)!r}: {error}") from error
+        raise UserError(f"dataset {name!r}, split {', '.join(splits)!r}: {error}") from error
     clips = loaded[0] if len(loaded) == 1 else concatenate_datasets(loaded)
-    # Where the Hub is out of reach the library takes the revision that it prepared last, whichever was asked for.
-    found = {Path(file["filename"]).parent.name for file in clips.cache_files}
-    if (
-        kind == "hub"
-        and not arguments.dataset_dir
-        and revision
-        and REGEX_COMMIT_HASH.fullmatch(revision)
-        and found - {revision}
-    ):
-        raise UserError(
-            f"dataset_revision: found {', '.join(found)} of {name!r} in the cache {cache}, wanted {revision}, and the "
-            f"Hub is not reachable"
-        )
-    return clips, [split for split, part in zip(wanted, loaded, strict=True) for _ in range(len(part))]
+    if kind == "hub" and not arguments.dataset_dir and REGEX_COMMIT_HASH.fullmatch(revision or ""):
+        # Without the Hub, the library loads the revision that it prepared last, even if it is another one.
+        found = {Path(file["filename"]).parent.name for file in clips.cache_files}
+        if found - {revision}:
+            raise UserError(
+                f"dataset_revision must be in the cache {cache} if the Hub is not reachable, got {revision}; the cache "
+                f"has {', '.join(found)} of {name!r}"
+            )
+    return clips, [split for split, part in zip(splits, loaded, strict=True) for _ in range(len(part))]
 
 
 def place_of(arguments: DataArguments) -> tuple[str, dict[str, Any]]:
-    """What `load_dataset` wants to find a data set of the Hub.
+    """The path of a Hub data set, and the other arguments that `load_dataset` needs to find it.
 
-    One that is a folder of its repository is fetched here, because without network the library does not find it again.
+    A subfolder of a repository is downloaded here, because `load_dataset` would not find it again without a network.
     """
     name, revision = arguments.dataset, arguments.dataset_revision
     if not arguments.dataset_dir:
@@ -160,20 +150,21 @@ def no_folder(arguments: DataArguments) -> UserError:
 
 
 def below(arguments: DataArguments) -> str:
+    """The pattern of the files of `dataset_dir`."""
     return f"{arguments.dataset_dir.rstrip('/')}/*"
 
 
-def _load_folder(folder: Path, arguments: DataArguments, wanted: list[str]) -> list[Dataset]:
-    """An unpacked archive, a folder of Parquet files, or class folders: <class>/<clip>, below <split>/ if asked for."""
+def _load_folder(folder: Path, arguments: DataArguments, splits: list[str]) -> list[Dataset]:
+    """Load an unpacked archive, a folder of Parquet files, or class folders: [<split>/]<class>/<clip>."""
     if table := _table_of_archive(folder):
-        return load_dataset("csv", data_files=glob.escape(str(folder / table)), split=wanted)
+        return load_dataset("csv", data_files=glob.escape(str(folder / table)), split=splits)
     if any(folder.rglob("[!.]*.parquet")):  # macOS leaves ._ files beside the real ones
-        return load_dataset(str(folder), split=wanted)
-    places = {split: folder / split if arguments.train_split else folder for split in wanted}
+        return load_dataset(str(folder), split=splits)
+    places = {split: folder / split if arguments.train_split else folder for split in splits}
     if missing := [split for split, place in places.items() if not place.is_dir()]:
-        raise UserError(f"dataset: found no folder {missing[0]} in {folder}, wanted {'/, '.join(wanted)}/ there")
-    # The library's own "audiofolder" passes over m4a, and takes a class folder named "train" or "test" for a split.
-    # From a generator, because data sets in memory have no cache.
+        raise UserError(f"dataset: {folder} must have the folders {'/, '.join(splits)}/, got no {missing[0]}/")
+    # The library's own "audiofolder" ignores m4a files, and takes a class folder named "train" or "test" for a split.
+    # Data sets in memory have no cache, so this one comes from a generator.
     features = Features({"audio": Value("string"), "label": Value("string")})
     return [
         Dataset.from_generator(_in_class_folders, features, gen_kwargs={"files": _sound_files(place.resolve())})
@@ -185,12 +176,12 @@ def _sound_files(place: Path) -> list[str]:
     """The sound files in the class folders of a folder, sorted.
 
     Raises:
-        UserError: There is none, or one is in no class folder.
+        UserError: There is no sound file, or one is not in a class folder.
     """
-    found = sorted(glob.glob(f"{glob.escape(str(place))}/**", recursive=True))  # which passes over hidden files
+    found = sorted(glob.glob(f"{glob.escape(str(place))}/**", recursive=True))  # ignores hidden files
     files = [file for file in found if Path(file).suffix.lower() in SUFFIXES]
     if not files:
-        raise UserError(f"dataset: {place} holds no sound file and no Parquet file")
+        raise UserError(f"dataset: {place} must have sound files or Parquet files, got none")
     if strays := [file for file in files if Path(file).parent == place]:
         raise UserError(f"dataset: {strays[0]} must be in a class folder: {place}/<class>/<clip>")
     return files
@@ -206,7 +197,7 @@ def _table_of_archive(folder: Path) -> str | None:
 
 
 def _path_template(arguments: DataArguments) -> str | None:
-    """The recipe's `audio_path`, or that of the archive that the data set is."""
+    """The recipe's `audio_path`, or that of an unpacked archive."""
     kind = kind_of(arguments.dataset)
     if arguments.audio_path and kind not in ("file", "folder"):
         raise UserError(f"audio_path must be left out for {arguments.dataset}, because it is for local tables")
@@ -215,33 +206,31 @@ def _path_template(arguments: DataArguments) -> str | None:
 
 
 def _with_paths(clips: Dataset, template: str, arguments: DataArguments) -> Dataset:
-    """Clips whose `audio_column` holds paths, each made from the other columns.
+    """Fill `audio_column` with paths that are made from the other columns.
 
-    A path may lead out of the folder with `..`: the table is a local file, and the paths are only read as sound.
+    A path may leave the folder with `..`: the table is a local file, and the paths are only read as sound.
 
     Args:
         clips: Rows of a table.
-        template: A path with columns in braces, and with formats as `str.format` takes them: `{id:06d}.wav`.
+        template: A path for `str.format`, with columns and formats in braces: `{id:06d}.wav`.
 
     Raises:
         UserError: The template names a column that does not exist, or a value is missing or does not fit its format.
     """
+    wrong = f"audio_path must be a path with columns in braces, such as 'audio/{{name}}.wav', got {template!r}"
     try:
-        parts = list(Formatter().parse(template))  # (text, column after it or None, format, conversion)
-        columns = dict.fromkeys(column for _, column, _, _ in parts if column is not None)
-        if missing := [column for column in columns if column not in clips.column_names]:
-            raise _no_column("audio_path", missing[0], clips, arguments)
-        values = {None: [""] * len(clips)} | {column: _values(clips, column, "audio_path") for column in columns}
-        paths = [
-            "".join(text + format(values[column][row], style or "") for text, column, style, _ in parts)
-            for row in range(len(clips))
-        ]
-    except UserError:
-        raise
+        columns = {column for _, column, _, _ in Formatter().parse(template) if column is not None}
     except ValueError as error:
-        raise UserError(
-            f"audio_path must be a path with columns in braces, such as 'audio/{{name}}.wav', got {template!r}: {error}"
-        ) from error
+        raise UserError(f"{wrong}: {error}") from error
+    if missing := sorted(columns - set(clips.column_names)):
+        raise _no_column("audio_path", missing[0], clips, arguments)
+    if not columns:
+        raise UserError(wrong)
+    rows = zip(*(_values(clips, column, "audio_path") for column in columns), strict=True)
+    try:
+        paths = [template.format(**dict(zip(columns, row, strict=True))) for row in rows]
+    except ValueError as error:
+        raise UserError(f"{wrong}: {error}") from error
     others = [column for column in clips.column_names if column != arguments.audio_column]
     return clips.select_columns(others).add_column(arguments.audio_column, paths, feature=Value("string"))
 
@@ -253,9 +242,9 @@ def _no_column(field: str, column: str, clips: Dataset, arguments: DataArguments
 
 
 def _with_sound(clips: Dataset, arguments: DataArguments) -> tuple[Dataset, list[str]]:
-    """The clips with their sound in `audio_column`, also where it holds paths, and a name for each clip.
+    """Clips that have their sound in `audio_column`, even if the column held paths, and a name for each clip.
 
-    The name is the clip's path if all paths differ, and the number of its row otherwise.
+    The name is the path of the clip if all paths differ, and the number of its row otherwise.
     """
     column, folder = arguments.audio_column, folder_of(arguments).resolve()
     kind = clips.features[column]
@@ -263,10 +252,9 @@ def _with_sound(clips: Dataset, arguments: DataArguments) -> tuple[Dataset, list
         paths = [path for chunk in clips.data.column(column).chunks for path in chunk.field("path").to_pylist()]
     elif kind in (Value("string"), Value("large_string")):
         if kind_of(arguments.dataset) == "hub":
-            raise UserError(f"audio_column: {column!r} of {arguments.dataset} holds text, wanted Audio")
+            raise UserError(f"audio_column must be an Audio column of {arguments.dataset}, got text in {column!r}")
         files = [str(folder / path) for path in _values(clips, column, "audio_column")]
-        # The features are computed again where a file has changed.
-        states = [_state(file) for file in files]
+        states = [_state(file) for file in files]  # if a file changes, its features are computed again
         if None in states and arguments.on_bad_clip == "error":
             row = states.index(None)
             clip = f" (clip {_texts(clips, arguments.clip_column)[row]})" if arguments.clip_column else ""
@@ -285,20 +273,20 @@ def _with_sound(clips: Dataset, arguments: DataArguments) -> tuple[Dataset, list
     elif kind == Value("binary"):
         paths = [None] * len(clips)
     else:
-        raise UserError(f"audio_column: {column!r} of {arguments.dataset} holds {kind}, wanted Audio or paths")
+        raise UserError(f"audio_column must hold Audio or paths, got {kind} in {column!r} of {arguments.dataset}")
     unique = None not in paths and len(set(paths)) == len(paths)
     return clips, paths if unique else [f"{row:06d}" for row in range(len(paths))]
 
 
 def _check_unique(clips: Dataset, index: DataFrame, arguments: DataArguments) -> None:
-    """Check that no sound file and no clip name stands in two rows. Embedded sounds may have the same path.
+    """Check that no sound file and no clip name is in two rows. Embedded sounds may have the same path.
 
     Args:
         clips: All rows.
-        index: Those rows that are used.
+        index: The rows that are used.
 
     Raises:
-        UserError: A file or a name stands in two rows.
+        UserError: A file or a name is in two rows.
     """
     files = [None] * len(clips)
     if isinstance(clips.features[arguments.audio_column], Audio | dict):
@@ -318,22 +306,22 @@ def _check_unique(clips: Dataset, index: DataFrame, arguments: DataArguments) ->
 
 
 def _state(file: str) -> tuple[int, int] | None:
-    """When a file was changed and its size; None if there is no such file."""
+    """The time of the last change of a file, and its size; None if there is no such file."""
     return (os.stat(file).st_mtime_ns, os.stat(file).st_size) if os.path.isfile(file) else None
 
 
 def _as_audio(table: pa.Table, column: str, folder: str) -> pa.Table:
-    """The column's paths, relative to a folder, as what `Audio` stores."""
+    """Turn a column of paths, relative to a folder, into what `Audio` stores."""
     sounds = [{"bytes": None, "path": str(Path(folder, path))} for path in table[column].to_pylist()]
     stored = pa.array(sounds, Audio().pa_type)
     return table.set_column(table.column_names.index(column), column, stored)
 
 
 def kind_of(dataset: str) -> str:
-    """Whether a data set is synthetic, a file, a folder, or on the hub.
+    """Tell whether a data set is "synthetic", a "file", a "folder" or on the "hub".
 
     Raises:
-        UserError: It can be none of these.
+        UserError: It is none of these.
     """
     path = Path(dataset).expanduser()
     if dataset == "synthetic":
@@ -342,21 +330,21 @@ def kind_of(dataset: str) -> str:
         return "folder" if path.is_dir() else "file"
     if dataset.startswith((".", "/", "~")) or dataset.count("/") != 1:
         raise UserError(
-            f"dataset: found {dataset!r}, which is no folder, no file, no Hub id (owner/name), and not 'synthetic'"
+            f"dataset must be a file or a folder that exists, a Hub id (owner/name) or 'synthetic', got {dataset!r}"
         )
     return "hub"
 
 
 @contextmanager
 def hub_errors(field: str, name: str, revision: str | None, way_out: str) -> Iterator[None]:
-    """What goes wrong between here and the Hub becomes a UserError; `way_out` is what to do without the Hub."""
+    """Turn an error of the Hub or of the connection into a UserError. `way_out` says what to do without the Hub."""
     try:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        kind = "data set" if field == "dataset" else field
         raise UserError(
-            f"{field}: the Hub has no {'data set' if field == 'dataset' else field} {name!r} (revision "
-            f"{revision or 'main'}) that you may read; check the name, or log in with `hf auth login` if it is private "
-            f"or gated"
+            f"{field}: the Hub has no {kind} {name!r} (revision {revision or 'main'}) that you may read; check the "
+            f"name, or log in with `hf auth login` if it is private or gated"
         ) from error
     except (datasets.exceptions.DataFilesNotFoundError, EmptyDatasetError, RuntimeError) as error:
         raise UserError(f"{field}: {error}") from error
@@ -366,42 +354,46 @@ def hub_errors(field: str, name: str, revision: str | None, way_out: str) -> Ite
             cause = cause.__cause__ or cause.__context__
         state = "is not reachable"
         if cause is not None:
-            state = f"answers {cause.response.status_code} ({cause.server_message or 'without a word'})"
+            state = f"answers {cause.response.status_code} ({cause.server_message or 'without a message'})"
         raise UserError(f"{field}: the Hub {state}, and {way_out}") from error
 
 
 def _labels(clips: Dataset, arguments: DataArguments) -> list[str] | list[list[str]]:
     """The class name of each clip, or a list of them."""
-    column = arguments.label_column
+    column, separator = arguments.label_column, arguments.label_separator
     _values(clips, column, "label_column")
     labels = _texts(clips, column)
-    if (separator := arguments.label_separator) is None:
+    if separator is None:
         return labels
     if isinstance(labels[0], list):
-        raise UserError(f"label_separator: found {separator!r}, but {column!r} holds lists already: wanted none")
+        raise UserError(f"label_separator must be left out if {column!r} already holds lists, got {separator!r}")
     return [[name.strip() for name in text.split(separator) if name.strip()] for text in labels]
 
 
-def _values(clips: Dataset, column: str, field: str) -> list[Any]:
-    """A column that has a value in every row; class numbers by their names where the data set has them.
+def _values(clips: Dataset, column: str, field: str | None = None) -> list[Any]:
+    """The values of a column. Class numbers become names if the data set has them.
+
+    Args:
+        clips: The data set.
+        column: Name of the column.
+        field: Field of the recipe that needs a value in each row, if there is one.
 
     Raises:
-        UserError: A row has none.
+        UserError: A row has no value.
     """
     feature, values = clips.features[column], clips.with_format("arrow")[:][column].to_pylist()
-    if missing := [row for row, value in enumerate(values) if value is None or value != value]:
-        raise UserError(f"{field}: {len(missing)} rows have nothing in {column!r}, the first is {missing[0]}")
+    missing = [row for row, value in enumerate(values) if value is None or value != value]
+    if field and missing:
+        raise UserError(
+            f"{field}: {column!r} must have a value in each row, got {len(missing)} rows without one, the first is row "
+            f"{missing[0]}"
+        )
+    if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
+        return [[feature.feature.names[value] for value in row] for row in values]
     return [feature.names[value] for value in values] if isinstance(feature, ClassLabel) else values
 
 
 def _texts(clips: Dataset, column: str) -> list[Any]:
-    """A column as text, lists as lists of it; class numbers by their names where the data set has them."""
-    feature = clips.features[column]
-    values = clips.with_format("arrow")[:][column].to_pylist()
-    if isinstance(feature, List):
-        return [[_text(feature.feature, value) for value in row] for row in values]
-    return [_text(feature, value) for value in values]
-
-
-def _text(feature: Any, value: Any) -> str:
-    return feature.names[value] if isinstance(feature, ClassLabel) else str(value)
+    """The values of a column as text or lists of text."""
+    values = _values(clips, column)
+    return [[str(one) for one in value] if isinstance(value, list) else str(value) for value in values]

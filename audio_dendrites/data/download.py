@@ -1,11 +1,9 @@
-"""Fetch what a recipe trains on ahead of time, for a machine without network."""
+"""Download the data set and the models of a recipe, for a machine without a network."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import (
-    load_dataset_builder,
-)
+from datasets import load_dataset_builder
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import filter_repo_objects
 
@@ -13,7 +11,7 @@ from audio_dendrites.data.clips import below, hub_errors, kind_of, no_folder
 from audio_dendrites.errors import UserError
 from audio_dendrites.recipes import DataArguments, ModelArguments, Recipe
 
-# What `from_pretrained` reads of a model and of its feature extractor.
+# The files that `from_pretrained` reads of a model and of its feature extractor.
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 OLD_WEIGHT_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
@@ -21,13 +19,13 @@ DOWNLOAD_NEEDS_IT = "the download needs it"
 
 
 def download(recipe: Recipe) -> None:
-    """Fetch the data set, the base model and the teacher of a recipe, so that it trains with HF_HUB_OFFLINE=1.
+    """Download the data set, the base model and the teacher of a recipe, so that it trains with HF_HUB_OFFLINE=1.
 
-    Prints how many bytes come from where, and where they lie then. What is there already is not fetched again, and of
-    a model only the files that `from_pretrained` reads.
+    Prints the source, the number of bytes and the folder of each. Files that are in the cache are not downloaded again.
+    Of a model, only the files that `from_pretrained` reads are downloaded.
 
     Raises:
-        UserError: The Hub has not got them, or is not reachable.
+        UserError: The Hub does not have them, or is not reachable.
     """
     _download_dataset(recipe.data)
     _download_model(recipe.model)
@@ -43,11 +41,12 @@ def _download_dataset(arguments: DataArguments) -> None:
         info = HfApi().dataset_info(name, revision=revision)
         commit = info.sha
         if arguments.dataset_dir:
-            files = [file.rfilename for file in info.siblings]
-            wanted = list(filter_repo_objects(files, allow_patterns=below(arguments)))
-            if not wanted:
+            files = list(
+                filter_repo_objects([file.rfilename for file in info.siblings], allow_patterns=below(arguments))
+            )
+            if not files:
                 raise no_folder(arguments)
-            return _fetch("dataset", name, revision, wanted)
+            return _fetch("dataset", name, revision, files)
         builder = load_dataset_builder(name, arguments.dataset_config, revision=commit)
         prepared = Path(builder.cache_dir)
         if prepared.is_dir():
@@ -71,12 +70,12 @@ def _download_model(arguments: ModelArguments) -> None:
         weights = list(filter_repo_objects(present, allow_patterns=WEIGHT_FILES))
         weights = weights or list(filter_repo_objects(present, allow_patterns=OLD_WEIGHT_FILES))
         if not weights:
-            raise UserError(f"model: {name} has no weights, wanted one of {', '.join(WEIGHT_FILES)}")
+            raise UserError(f"model: {name} must have one of the files {', '.join(WEIGHT_FILES)}, got none")
         _fetch("model", name, revision, [*filter_repo_objects(present, allow_patterns=CONFIG_FILES), *weights])
 
 
 def _fetch(repo_type: str, name: str, revision: str | None, files: Iterable[str]) -> None:
-    """Bring files of a repository into the Hub's cache, and say what that takes."""
+    """Download files of a repository into the Hub's cache, and print how many bytes that takes."""
     files = list(files)
     info = HfApi().repo_info(name, repo_type=repo_type, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size for file in info.siblings if file.rfilename in files}
@@ -88,7 +87,7 @@ def _fetch(repo_type: str, name: str, revision: str | None, files: Iterable[str]
     source = f"{repo_type} {name} (revision {info.sha})"
     if missing:
         print(f"{source}: downloading {sum(missing.values()):,} bytes, {len(missing)} files, from {constants.ENDPOINT}")
-    # The revision as the recipe has it, because the cache finds a branch or a tag by its name alone.
+    # The cache finds a branch or a tag by its name only, so this is the revision as the recipe names it.
     folder = Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=files))
     fetched = sum((folder / file).stat().st_size for file in missing)
     total = sum((folder / file).stat().st_size for file in sizes)

@@ -1,4 +1,4 @@
-"""Divide clips into train, validation and test: by folds, by splits of their own, by lists, or by chance."""
+"""Divide clips into train, validation and test: by folds, by the data set's own splits, by lists, or at random."""
 
 import logging
 import warnings
@@ -25,15 +25,17 @@ def folder_of(arguments: DataArguments) -> Path:
     return (path if path.is_dir() else path.parent) / (arguments.dataset_dir or "")
 
 
-def split_by_fold(index: DataFrame, arguments: DataArguments) -> dict[str, np.ndarray]:
-    """Divide clips into train, validation and test, and look for source recordings on both sides.
+def split_by_fold(index: DataFrame, arguments: DataArguments, chooses: bool = True) -> dict[str, np.ndarray]:
+    """Divide clips into train, validation and test, and warn of source recordings in train and in another split.
 
     Args:
-        index: As `load_clips` gives it.
+        index: The index that `load_clips` returns.
+        arguments: Name the folds.
+        chooses: Whether a validation score chooses the checkpoint.
 
     Returns:
-        The row numbers of the splits `train`, `validation` and `test`, in the order of the clips' names: the same data
-        in another order gives the same model.
+        The row numbers of the splits `train`, `validation` and `test`, in the order of the names of the clips. The
+        same data in another order therefore gives the same model.
 
     Raises:
         UserError: A fold is empty.
@@ -44,9 +46,9 @@ def split_by_fold(index: DataFrame, arguments: DataArguments) -> dict[str, np.nd
         if missing := [fold for fold in folds if fold not in present]:
             counts = ", ".join(f"{fold} ({count} clips)" for fold, count in present.items())
             raise UserError(f"{split}_folds: no clip in fold {', '.join(missing)}; {arguments.dataset} has {counts}")
-    if both := sorted(set(asked["validation"]) & set(asked["test"])):
+    if chooses and (both := sorted(set(asked["validation"]) & set(asked["test"]))):
         logger.warning(
-            "Fold %s is in validation and in test: if it chooses the checkpoint, its score is optimistic.",
+            "Fold %s is in validation and in test. It chooses the checkpoint, so its test score is optimistic.",
             ", ".join(both),
         )
     by_name = index["clip"].argsort(kind="stable").to_numpy()
@@ -55,25 +57,26 @@ def split_by_fold(index: DataFrame, arguments: DataArguments) -> dict[str, np.nd
 
 
 def class_names(index: DataFrame, splits: dict[str, np.ndarray], arguments: DataArguments) -> list[str]:
-    """The classes in the model's order: as the recipe lists them, else those of the training clips, sorted by name.
+    """The classes in the order of the model's outputs: those of the recipe, or those of the training clips, sorted.
 
     Sorting makes the model independent of the order of the rows.
 
     Raises:
-        UserError: A clip has a label that is not listed or, in validation and test, that training has none of.
+        UserError: A clip has a label that is not one of these classes, or there are fewer than two classes.
     """
     found = {split: set(index["label"].iloc[rows].explode().dropna()) for split, rows in splits.items()}
     labels = arguments.labels or sorted(found["train"])
     for split, names in found.items():
         if strangers := sorted(names - set(labels)):
+            source = "of the recipe" if arguments.labels else "of the training clips"
             raise UserError(
-                f"labels: {split} clips have the label {', '.join(map(repr, strangers))}, which is not among "
-                f"{', '.join(labels)} ({'as the recipe lists them' if arguments.labels else 'as found in training'})"
+                f"labels: the labels of the {split} clips must be labels {source} ({', '.join(labels)}), got "
+                f"{', '.join(map(repr, strangers))}; add them to labels or to drop_labels"
             )
     if unseen := sorted(set(labels) - found["train"]):
         logger.warning("labels: no training clip has the label %s, so the model cannot learn it.", ", ".join(unseen))
     if len(labels) < 2:
-        raise UserError(f"labels: found only {', '.join(labels)}, wanted two classes or more")
+        raise UserError(f"labels: the training clips must have at least two classes, got {', '.join(labels) or 'none'}")
     return labels
 
 
@@ -83,14 +86,14 @@ def is_multi_label(names: Series) -> bool:
 
 
 def encode_labels(names: Series, labels: Sequence[str]) -> np.ndarray:
-    """What a model is trained on.
+    """Encode class names as training targets.
 
     Args:
-        names: The class name of each clip, or a list of them.
-        labels: All of them in the order of the logits.
+        names: The class name of each clip, or a list of names.
+        labels: All class names in the order of the logits.
 
     Returns:
-        Class numbers (clips,), int64, or for lists (clips, classes), float32, 1 for each of a clip's classes.
+        Class numbers (clips,), int64. For lists: (clips, classes), float32, 1 for each class of a clip and 0 elsewhere.
     """
     if not is_multi_label(names):
         return names.map(list(labels).index).to_numpy()
@@ -104,11 +107,11 @@ def drop_bad_clips(
 
     Args:
         splits: Row numbers of each split.
-        errors: For each row what is wrong with its clip, or "".
+        errors: What is wrong with the clip of each row, or "".
         on_bad_clip: error or skip.
 
     Returns:
-        The splits without these clips, and the errors of each split that has any.
+        The splits without these clips, and the errors of each split that has errors.
 
     Raises:
         UserError: There are bad clips and `on_bad_clip` is error, or a split has no other clips.
@@ -130,20 +133,23 @@ def drop_bad_clips(
 
 
 def drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
-    """The name of each clip's split, drawn by source recording and stratified by class.
+    """Draw the split of each clip at random, by source recording and stratified by class.
 
-    The shares are multiples of 1 / k, and so many of the k folds of scikit-learn's `StratifiedGroupKFold`. A clip of
-    several classes counts for the rarest of them.
+    The shares must be multiples of some 1 / k. Each split gets its share of the k folds of scikit-learn's
+    `StratifiedGroupKFold`. A clip of several classes counts as a clip of the rarest one.
     """
     shares = [Fraction(share).limit_denominator(20) for share in arguments.split_shares]
     parts = lcm(*(share.denominator for share in shares))
     if sum(shares) != 1 or parts > 60:
-        raise UserError(f"split_shares: found {arguments.split_shares}, wanted multiples of 0.05, 1/3, 1/4 or the like")
+        raise UserError(
+            f"split_shares must be multiples of one fraction such as 0.05, 1/3 or 1/4, got {arguments.split_shares}"
+        )
     if (groups := index["group"].nunique()) < parts:
         raise UserError(
-            f"split_shares: found {groups} source recordings, wanted at least {parts} for {arguments.split_shares}"
+            f"split_shares: {arguments.split_shares} need at least {parts} source recordings, got {groups}; choose "
+            f"coarser shares"
         )
-    rows = index.sort_values("clip", kind="stable").index.to_numpy()  # any order of the rows gives the same
+    rows = index.sort_values("clip", kind="stable").index.to_numpy()  # so that the order of the rows does not matter
     labels = index["label"]
     if is_multi_label(labels):
         counts = labels.explode().value_counts()
@@ -161,7 +167,7 @@ def drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
 
 
 def listed_splits(names: Series, arguments: DataArguments) -> np.ndarray:
-    """The split of each clip, as the two lists of clips name them."""
+    """The split of each clip according to `validation_list` and `test_list`."""
     folder = folder_of(arguments) if Path(arguments.dataset).expanduser().exists() else Path()
     splits = np.full(len(names), "train", dtype=object)
     for split in ("validation", "test"):
@@ -169,26 +175,32 @@ def listed_splits(names: Series, arguments: DataArguments) -> np.ndarray:
         try:
             listed = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
         except OSError as error:
-            raise UserError(f"{split}_list: {path}: {error.strerror}, wanted a name of a clip a line") from error
+            raise UserError(
+                f"{split}_list must be a file with the name of a clip in each line, got {path}: {error.strerror}"
+            ) from error
         if strangers := sorted(listed - set(names)):
             raise UserError(
-                f"{split}_list: {path} names {len(strangers)} clips that {arguments.dataset} has not, the first is "
-                f"{strangers[0]}; its own are named as {names[0]}"
+                f"{split}_list: {path} must name clips of {arguments.dataset}, such as {names[0]}, got "
+                f"{len(strangers)} other names, the first is {strangers[0]}"
             )
         chosen = names.isin(listed)
         if twice := sorted(names[chosen & (splits != "train")]):
-            raise UserError(f"{split}_list: {path} names {len(twice)} clips of validation_list, as {twice[0]}")
+            raise UserError(
+                f"{split}_list: {path} must not name clips of validation_list, got {len(twice)} of them, "
+                f"the first is {twice[0]}"
+            )
         splits[chosen] = split
     return splits
 
 
 def without_labels(index: DataFrame, arguments: DataArguments) -> DataFrame:
-    """The clips without those of the classes that are to be dropped."""
+    """The index without the classes in `drop_labels`."""
     dropped, labels = set(arguments.drop_labels), index["label"]
-    if strangers := sorted(dropped - set(labels.explode())):
+    present = set(labels.explode().dropna())
+    if strangers := sorted(dropped - present):
         raise UserError(
-            f"drop_labels: {arguments.dataset} has no clip of {', '.join(strangers)}; it has "
-            f"{', '.join(sorted(set(labels.explode().dropna())))}"
+            f"drop_labels must be classes of {arguments.dataset} ({', '.join(sorted(present))}), got "
+            f"{', '.join(strangers)}"
         )
     if is_multi_label(labels):
         kept = labels.map(lambda names: [name for name in names if name not in dropped])

@@ -1,4 +1,4 @@
-"""Statistics of a recipe's data set: what the program prints, and numbers in place of `mean: auto` and `std: auto`."""
+"""Statistics of a data set: a summary to print, and the numbers for `mean: auto` and `std: auto`."""
 
 import dataclasses
 import io
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 def log_mel_moments(
     clips: datasets.Dataset, arguments: DataArguments, extractor: BatchedASTFeatureExtractor | Waveforms
 ) -> datasets.Dataset:
-    """What `mean_and_std` needs of each clip. The cache on disk saves other folds and later runs a second pass.
+    """Compute the sums over the log-mel of each clip that `mean_and_std` needs. They are cached on disk.
 
     Args:
-        clips: As `load_clips` gives them.
-        arguments: The recipe's.
-        extractor: Whose sampling rate and mel bands the numbers are for.
+        clips: The clips that `load_clips` returns.
+        arguments: The data arguments of the recipe.
+        extractor: The feature extractor of the run, for its sampling rate and its number of mel bands.
     """
     start = time.perf_counter()
     moments = extract_features(
@@ -50,10 +50,10 @@ def log_mel_moments(
 def mean_and_std(moments: datasets.Dataset, train: np.ndarray) -> dict[str, float]:
     """Mean and standard deviation of the log-mel over all frames and bands of the training clips, to four digits.
 
-    The clips have their own length, and no augmentation. Those that cannot be read are left out.
+    The clips have their own length and no augmentation. Clips that cannot be read are left out.
 
     Args:
-        moments: As `log_mel_moments` gives them.
+        moments: The result of `log_mel_moments`.
         train: Row numbers of the training clips.
 
     Raises:
@@ -68,16 +68,7 @@ def mean_and_std(moments: datasets.Dataset, train: np.ndarray) -> dict[str, floa
 
 
 def with_statistics(recipe: Recipe, moments: datasets.Dataset, train: np.ndarray) -> Recipe:
-    """The recipe with numbers in place of `mean: auto` and `std: auto`.
-
-    Args:
-        recipe: With auto in one of them, or in both.
-        moments: As `log_mel_moments` gives them.
-        train: Row numbers of the training clips.
-
-    Raises:
-        UserError: No training clip can be read.
-    """
+    """Replace `mean: auto` and `std: auto` of a recipe by the numbers of `mean_and_std`."""
     found = mean_and_std(moments, train)
     logger.info("mean %.4f and std %.4f of the log-mel of %d training clips.", *found.values(), len(train))
     numbers = {name: value for name, value in found.items() if getattr(recipe.features, name) == "auto"}
@@ -85,14 +76,14 @@ def with_statistics(recipe: Recipe, moments: datasets.Dataset, train: np.ndarray
 
 
 def stats(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> None:
-    """Print what a recipe's data set holds: clips by class and fold, lengths, rates, leaks, and the log-mel's level.
+    """Print a summary of a data set: clips by class and fold, lengths, rates, leaks, and mean and std of the log-mel.
 
     Args:
-        recipe: Whose data set to describe.
-        extractor: Whose sampling rate and mel bands the mean and the standard deviation are for.
+        recipe: The recipe of the data set.
+        extractor: The feature extractor of the recipe, for its sampling rate and its number of mel bands.
 
     Raises:
-        UserError: The data set is unknown or unreachable, its folds do not fit, or no training clip can be read.
+        UserError: The data set cannot be loaded, its folds do not fit, or no training clip can be read.
     """
     arguments = recipe.data
     clips, index = load_clips(arguments)
@@ -126,7 +117,7 @@ def stats(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> 
 
 
 def _lengths_and_rates(clips: datasets.Dataset, audio_column: str) -> tuple[list[float], Counter[int]]:
-    """The seconds of each clip, and how many clips have which sampling rate, from the headers of their files."""
+    """The length of each clip in seconds, and the number of clips by sampling rate, from the headers of the files."""
     sound = clips.select_columns(audio_column).cast_column(audio_column, Audio(decode=False))
     files = (row[audio_column] for row in sound)
     headers = [soundfile.info(file["path"] if file["bytes"] is None else io.BytesIO(file["bytes"])) for file in files]

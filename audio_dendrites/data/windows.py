@@ -1,4 +1,4 @@
-"""Clips longer than the model's window: overlapping windows of them, and one answer from all windows of a clip."""
+"""Cut clips that are longer than the model's window into overlapping windows, and combine the logits of the windows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,17 +11,18 @@ from audio_dendrites.data.audio import window_samples
 
 
 def windows(length: int, max_length: int, overlap: float, window_length: int = 1, hop_length: int = 1) -> list[slice]:
-    """Where to cut a clip.
+    """Cut a clip into windows.
 
     Args:
-        length: Of the clip, in samples, or in frames with the defaults of the last two.
-        max_length: Frames that the model sees.
-        overlap: Share of a window that the next one repeats, 0 to under 1.
-        window_length, hop_length: Samples of a frame, and from one to the next; a window of 0 stands for frames centred
-            on every hop.
+        length: Length of the clip in samples, or in frames if `window_length` and `hop_length` are 1.
+        max_length: Number of frames that the model sees.
+        overlap: Share of a window that the next window repeats, in [0, 1).
+        window_length: Samples of a frame. 0 means that frames are centred on every hop.
+        hop_length: Samples from one frame to the next.
 
     Returns:
-        The whole clip where its frames fit; else windows of `max_length` frames, the last one at the clip's end.
+        The whole clip if it has at most `max_length` frames. Otherwise windows of `max_length` frames, of which the
+        last one ends where the clip ends.
     """
     frames = 1 + (length - window_length) // hop_length
     if frames <= max_length:
@@ -33,15 +34,15 @@ def windows(length: int, max_length: int, overlap: float, window_length: int = 1
 
 
 def aggregate(logits: np.ndarray, clips: np.ndarray, aggregation: str) -> np.ndarray:
-    """One row a clip.
+    """Combine the logits of the windows of each clip.
 
     Args:
-        logits: (windows, classes), those of a clip one after the other.
-        clips: (windows,) the number of each window's clip, ascending.
-        aggregation: mean or max, of each class.
+        logits: Logits of the windows, (windows, classes), clip by clip.
+        clips: Number of the clip of each window, (windows,), ascending.
+        aggregation: mean or max over the windows, for each class.
 
     Returns:
-        (clips, classes), of the same dtype; a single window's as they are.
+        Logits of the clips, (clips, classes), of the same dtype. Logits of a single window do not change.
     """
     first = np.flatnonzero(np.diff(clips, prepend=clips[0] - 1))
     if aggregation == "max":
@@ -51,13 +52,14 @@ def aggregate(logits: np.ndarray, clips: np.ndarray, aggregation: str) -> np.nda
 
 
 class ClipWindows(Dataset):
-    """The windows of clips as examples for a model; `AudioTrainer` puts their logits together again.
+    """The windows of clips as examples for a model. `AudioTrainer` combines their logits.
 
     Args:
-        examples: The clips, with `input_values`.
-        lengths: Of each clip's `input_values`.
-        layout: What `windows` has to know of the model: `max_length`, and for waveforms the frame's lengths.
-        overlap: Share of a window that the next one repeats.
+        examples: The clips, each with `input_values`.
+        lengths: Length of the `input_values` of each clip.
+        layout: Arguments of `windows` that depend on the model: `max_length`, and for waveforms also `window_length`
+            and `hop_length`.
+        overlap: Share of a window that the next window repeats.
         aggregation: mean or max.
     """
 
@@ -73,31 +75,32 @@ class ClipWindows(Dataset):
         return len(self._cuts)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One example, `input_values` being those of the window."""
+        """One window of a clip as an example."""
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The examples of a batch; a clip is read once for all its windows there."""
-        wanted = list(dict.fromkeys(self.clips[list(rows)].tolist()))
+        """The examples of a batch. Each clip is read once for all of its windows in the batch."""
+        clips = list(dict.fromkeys(self.clips[list(rows)].tolist()))
         fetch = getattr(self.examples, "__getitems__", lambda clips: [self.examples[clip] for clip in clips])
-        read = dict(zip(wanted, fetch(wanted), strict=True))
+        read = dict(zip(clips, fetch(clips), strict=True))
         examples = [(read[self.clips[row]], self._cuts[row]) for row in rows]
         return [{**example, "input_values": example["input_values"][cut]} for example, cut in examples]
 
     def by_clip(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits (windows, classes) and labels (windows, …) as those of the clips."""
+        """Turn logits (windows, classes) and labels (windows, …) of windows into those of clips."""
         first = np.flatnonzero(np.diff(self.clips, prepend=-1))
         return aggregate(logits, self.clips, self.aggregation), labels[first]
 
 
 def classify(pipeline: AudioClassificationPipeline, waveform: np.ndarray) -> np.ndarray:
-    """The logits (classes,) of one clip of any length, its windows put together as the model's configuration says.
-
-    A model of another origin says nothing: the mean is taken then.
+    """Classify one clip of any length. Its windows are combined as the model's configuration says, or by their mean.
 
     Args:
-        pipeline: For audio classification.
-        waveform: (samples,) at the pipeline's rate.
+        pipeline: A pipeline for audio classification.
+        waveform: Samples (samples,) at the sampling rate of the pipeline.
+
+    Returns:
+        Logits (classes,), float32.
     """
     names = pipeline.model.config.id2label.values()
     cuts = pipeline_windows(pipeline, len(waveform))
@@ -109,7 +112,7 @@ def classify(pipeline: AudioClassificationPipeline, waveform: np.ndarray) -> np.
 
 
 def pipeline_windows(pipeline: AudioClassificationPipeline, length: int) -> list[slice]:
-    """Where to cut a clip of so many samples for a pipeline; without an overlap in the configuration it is 0.5."""
+    """Cut a clip with this number of samples for a pipeline. The overlap is 0.5 if the configuration has none."""
     extractor, config = pipeline.feature_extractor, pipeline.model.config
     if isinstance(extractor, ASTFeatureExtractor):
         frame = {"window_length": window_samples(extractor.sampling_rate), "hop_length": extractor.sampling_rate // 100}

@@ -16,6 +16,9 @@ first. A class that knows no dendrites finds the wrong shape and refuses it.
 import copy
 import functools
 import logging
+import re
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -255,6 +258,59 @@ def _auto_classes(stock: type[PreTrainedModel]) -> list[str]:
     return found or ["AutoModel"]
 
 
+def perforated_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that perforatedai has wrapped, by name."""
+    # perforatedai is not imported, because it prints, and because it need not be installed.
+    return {name: module for name, module in model.named_modules() if type(module).__name__ == "PAINeuronModule"}
+
+
+def structure_of(model: nn.Module) -> dict[str, int]:
+    """The number of dendrites of each layer that perforatedai has wrapped."""
+    return {name: module.dendrite_modules_added for name, module in perforated_layers(model).items()}
+
+
+def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model without dendrites and perforatedai's scaffolding."""
+    added = re.compile(r"\.(dendrite_module|dendrites_to_top)\.")
+    return [parameter for name, parameter in model.named_parameters() if not added.search(name)]
+
+
+def dendrite_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter, int]]:
+    """The parameters of all dendrites that are trained, by name.
+
+    Each comes with the parameter of the layer that has its learning rate, and with the number of the newest dendrite
+    that it belongs to.
+    """
+    found = {}
+    for name, module in perforated_layers(model).items():
+        main = dict(module.main_module.named_parameters())
+        for key, parameter in module.named_parameters():
+            if parameter.requires_grad and not key.startswith("main_module."):
+                number, own = re.search(r"\.(\d+)\.?(\w*)$", key).groups()  # of layers.0.bias or dendrites_to_top.0
+                found[f"{name}.{key}"] = (parameter, main[own or "weight"], int(number))
+    return found
+
+
+def growth_fault(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why an optimizer cannot take the parameters of new dendrites while it trains. None if it can.
+
+    A copy of the optimizer takes two steps on small parameters. One that it has not seen joins the second.
+    """
+    old = next(parameter for group in optimizer.param_groups for parameter in group["params"])
+    first, joining = (nn.Parameter(torch.ones(2, 2, dtype=old.dtype, device=old.device)) for _ in range(2))
+    first.grad, joining.grad = torch.ones_like(first), torch.ones_like(first)
+    group, trial = {**optimizer.param_groups[0], "lr": 1.0}, object.__new__(type(optimizer))
+    vars(trial).update(vars(optimizer), state=defaultdict(dict), param_groups=[group])
+    try:
+        getattr(trial, "train", bool)()  # a schedule-free optimizer steps in this mode only
+        for parameters in ([first], [first, joining]):
+            group["params"] = parameters
+            type(optimizer).step(trial)  # a scheduler has replaced `step` of the object
+    except Exception as error:  # whatever the library of the optimizer raises
+        return repr(error)
+    return "they stay as they are" if (joining == 1).all() else None
+
+
 def export_dendritic(model: nn.Module, activation: str | None = None) -> nn.Module:
     """A copy of a model that perforatedai grew, made of ordinary torch layers. It computes the same, to the bit.
 
@@ -271,15 +327,14 @@ def export_dendritic(model: nn.Module, activation: str | None = None) -> nn.Modu
     """
     copies: dict[int, nn.Module] = {}
     structure = {}
-    for name, module in model.named_modules():
-        if type(module).__name__ == "PAINeuronModule":  # not imported: perforatedai prints, and may not be there
-            count = module.dendrite_modules_added
-            if type(module.main_module) not in LAYERS or len(module.dendrite_module.layers) != count:
-                raise ValueError(f"{name}: {type(module.main_module).__name__} cannot be exported, or is growing now")
-            copies[id(module)] = copy.deepcopy(module.main_module)
-            if count:
-                structure[name] = {"count": count, "activation": activation or module.activation}
-                copies[id(module)] = _exported(module, structure[name])
+    for name, module in perforated_layers(model).items():
+        count = module.dendrite_modules_added
+        if type(module.main_module) not in LAYERS or len(module.dendrite_module.layers) != count:
+            raise ValueError(f"{name}: {type(module.main_module).__name__} cannot be exported, or is growing now")
+        copies[id(module)] = copy.deepcopy(module.main_module)
+        if count:
+            structure[name] = {"count": count, "activation": activation or module.activation}
+            copies[id(module)] = _exported(module, structure[name])
     exported = copy.deepcopy(model, copies)
     exported.__dict__.pop("save_pretrained", None)  # of a live model
     exported._buffers.pop("tracker_string", None)  # perforatedai's
@@ -298,6 +353,16 @@ def export_dendritic(model: nn.Module, activation: str | None = None) -> nn.Modu
                 f"{__name__}.DendriticMixin, or build the model and call add_dendrites(model, config.dendrites)"
             )
     return exported
+
+
+def export_when_saved(model: nn.Module) -> None:
+    """Let `save_pretrained` of a model that perforatedai grows write the model that `export_dendritic` makes of it."""
+
+    def save_pretrained(folder: str | Path, state_dict: dict | None = None, **kwargs) -> None:
+        export_dendritic(model).save_pretrained(folder, **kwargs)
+
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained = save_pretrained
 
 
 def _exported(module: nn.Module, dendrites: dict[str, Any]) -> DendriticLayer:

@@ -30,7 +30,7 @@ STEM = re.compile(
     r"(^|\.)((rel_)?embeddings|bn0|front_end|feature_extractor|feature_projection|masked_spec_embed|pos_conv_embed)(\.|$)"
     r"|(^|\.)encoder\.(conv[12]|embed_positions)\."
 )
-LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
+LAYER = re.compile(r"(^|\.)layers?\.(\d+)\.")
 ATTENTION = re.compile(r"attention|attn")
 NEW = re.compile(rf"{HEAD.pattern}|(^|\.)masked_spec_embed$")  # what a pretrained model may lack
 

@@ -2,20 +2,21 @@
 
     python -m audio_dendrites.models.panns Cnn14_mAP=0.431.pth FOLDER [--labels class_labels_indices.csv]
 
-The folder takes raw audio in `pipeline("audio-classification", model=FOLDER, trust_remote_code=True)`, which gives the
-published clip-wise probabilities, and is what a recipe's `model` starts from, with `waveform: true`.
+`pipeline("audio-classification", model=FOLDER, trust_remote_code=True)` loads the folder, takes raw audio, and returns
+the published clip-wise probabilities. A recipe starts from it with `model: FOLDER` and `waveform: true`.
 """
 
 import argparse
-import csv
 import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas
 import torch
 
 from audio_dendrites.data.features import Waveforms
+from audio_dendrites.errors import UserError
 from audio_dendrites.files import set_default_mode
 from audio_dendrites.models.cnn14 import CNN14Config
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
@@ -25,22 +26,18 @@ BLOCKS = 6
 STFT = ("spectrogram_extractor.stft.conv_real.weight", "spectrogram_extractor.stft.conv_imag.weight")  # fixed
 
 
-class ConversionError(ValueError):
-    """The file is no CNN14 checkpoint; the message says what was found and what is wanted."""
-
-
 def convert(checkpoint: Path, labels: Sequence[str] | None = None) -> WaveformForAudioClassification:
-    """A checkpoint as its authors published it → the same network here, front end included.
+    """Convert a published checkpoint to the same network of this project, front end included.
 
     Args:
         checkpoint: `Cnn14_mAP=0.431.pth`, `Cnn14_16k_mAP=0.438.pth` or `Cnn14_8k_mAP=0.416.pth`.
         labels: Class names in the order of the outputs.
 
     Returns:
-        A model in evaluation mode whose sigmoid is the published clip-wise output. Clips have any length.
+        A model in evaluation mode. The sigmoid of its logits is the published clip-wise output for clips of any length.
 
     Raises:
-        ConversionError: The file cannot be read, or its tensors are not those of a CNN14 and of these classes.
+        UserError: The file cannot be read, or its tensors are not those of a CNN14 and of these classes.
     """
     try:
         published = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
@@ -48,28 +45,23 @@ def convert(checkpoint: Path, labels: Sequence[str] | None = None) -> WaveformFo
         found = str(error).strip().splitlines()[0]
         if isinstance(error, pickle.UnpicklingError):
             found = "objects other than tensors"
-        raise ConversionError(f"{checkpoint} must be a PANNs checkpoint, {{'model': tensors}}, got {found}") from error
+        raise UserError(f"{checkpoint} must be a PANNs checkpoint, {{'model': tensors}}, got {found}") from error
     tensors = {_our_name(name): tensor for name, tensor in published.items() if name not in STFT}
-    wanted = (
-        "front_end.filters",
-        "backbone.bn0.weight",
-        "backbone.layers.0.conv1.weight",
-        "backbone.classifier.weight",
-    )
-    if missing := [name for name in (*STFT, *wanted) if name not in published and name not in tensors]:
-        raise ConversionError(f"{checkpoint}: lacks {', '.join(missing)}: wanted the tensors of Cnn14")
+    needed = ("front_end.filters", *(f"backbone.{name}.weight" for name in ("bn0", "layers.0.conv1", "classifier")))
+    if missing := [name for name in (*STFT, *needed) if name not in published and name not in tensors]:
+        raise UserError(f"{checkpoint} must hold the tensors of Cnn14, but it lacks {', '.join(missing)}")
     window = published[STFT[0]].shape[-1]
     if window not in SETTINGS:
-        raise ConversionError(
-            f"{checkpoint}: found windows of {window} samples, wanted {', '.join(map(str, SETTINGS))}"
+        raise UserError(
+            f"{checkpoint} must have windows of {', '.join(map(str, SETTINGS))} samples, got windows of {window}"
         )
     rate, highest = SETTINGS[window]
     bands, classes = len(tensors["backbone.bn0.weight"]), len(tensors["backbone.classifier.weight"])
     if labels is not None and len(labels) != classes:
-        raise ConversionError(f"labels: found {len(labels)}, wanted {classes}, the outputs of {checkpoint}")
-    names = {} if labels is None else {
-        "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
-    }  # fmt: skip
+        raise UserError(f"labels must be {classes} names, one for each output of {checkpoint}, got {len(labels)}")
+    names = {}
+    if labels is not None:
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     config = WaveformConfig(
         backbone=CNN14Config(
             num_mel_bins=bands, num_hidden_layers=BLOCKS, first_channels=len(tensors["backbone.layers.0.conv1.weight"])
@@ -82,12 +74,12 @@ def convert(checkpoint: Path, labels: Sequence[str] | None = None) -> WaveformFo
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ConversionError(f"{checkpoint}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{checkpoint}: {' '.join(str(error).split())}") from error
     return model.eval()
 
 
 def _our_name(name: str) -> str:
-    """Where a published tensor is here."""
+    """The name of a published tensor in this project."""
     if name == "logmel_extractor.melW":
         return "front_end.filters"
     for block in range(BLOCKS):
@@ -100,17 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--labels", type=Path, help="AudioSet's class_labels_indices.csv, columns index and display_name"
-    )
+    parser.add_argument("--labels", type=Path, help="class_labels_indices.csv of AudioSet: index and display_name.")
     options = parser.parse_args(arguments)
     labels = None
     if options.labels is not None:
-        with options.labels.open(encoding="utf-8", newline="") as file:
-            labels = [row["display_name"] for row in sorted(csv.DictReader(file), key=lambda row: int(row["index"]))]
+        labels = pandas.read_csv(options.labels, keep_default_na=False).sort_values("index")["display_name"].tolist()
     try:
         model = convert(options.checkpoint, labels)
-    except ConversionError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     config = model.config
     waveforms = Waveforms(config.sampling_rate, 0, 0, config.hop_length, config.num_mel_bins, config.mean, config.std)

@@ -6,25 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    EvalResult,
-    ModelCard,
-    ModelCardData,
-)
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from audio_dendrites.data import synthetic
 from audio_dendrites.files import written_whole
 from audio_dendrites.publishing.content import FIGURES, code_files, files_named, read_reports
+from audio_dendrites.results import tables
 from audio_dendrites.results.dendrites import use_sentence
 from audio_dendrites.results.scores import score_names
-from audio_dendrites.results.tables import (
-    classes_table,
-    differences_table,
-    markdown_table,
-    scores_table,
-    sides_table,
-    skipped_list,
-)
 
 FAMILY_NAMES = {
     "audio-spectrogram-transformer": "Audio Spectrogram Transformer",
@@ -43,7 +32,7 @@ HYPERPARAMETERS = (
 
 
 def write_card(run: Path, template: Path) -> None:
-    """Write the README.md of a finished run from the other files of its folder."""
+    """Write README.md of a finished run from the other files of its folder."""
     with written_whole(run / "README.md") as path:
         path.write_text(run_card(run, str(run), template), encoding="utf-8")
 
@@ -65,23 +54,23 @@ def model_card(
     other: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """README.md: what was measured, by a Jinja template; what was not measured is left out.
+    """Render README.md. Sections without measurements are left out.
 
     Args:
-        metrics: As in metrics.json; of a running training without `test`, and with `running`.
-        recipe: As in config.yaml.
+        metrics: metrics.json. Those of a running training have `running` instead of `test`.
+        recipe: config.yaml.
         template: Jinja template.
-        name: What `pipeline` loads: a Hub id, or the run folder.
+        name: The name that `pipeline` loads: a Hub id, or the run folder.
         files: Names of the files beside the card.
-        comparison: As in comparison.json.
+        comparison: comparison.json.
         other: Hub id of the checkpoint that this one is compared with.
         revision: Commit that the example pins.
     """
     local = metrics.get("local", [])
     dataset = None if metrics["dataset"] == "synthetic" or "dataset" in local else metrics["dataset"]
     base_model = None if "base_model" in local else metrics["base_model"]
-    dendrites = metrics.get("dendrites")
-    remote_code = any(file.endswith(".py") for file in files)
+    dendrites, test = metrics.get("dendrites"), metrics.get("test")
+    code = sorted(file for file in files if file.endswith(".py"))
     urbansound8k = metrics["dataset"] != "synthetic" and (
         "urbansound8k" in metrics["dataset"].lower() or set(metrics["labels"]) == set(synthetic.LABELS)
     )
@@ -95,31 +84,31 @@ def model_card(
         tags=["audio-classification", architecture] + ["dendrites", "perforatedai"] * grown,
         base_model=base_model,
         datasets=None if dataset is None else [dataset],
-        metrics=["accuracy", "f1"] if not metrics.get("test") or "accuracy" in metrics["test"] else None,
-        model_name=Path(name).name if metrics.get("test") else None,  # belongs to the results
+        metrics=["accuracy", "f1"] if not test or "accuracy" in test else None,
+        model_name=Path(name).name if test else None,  # belongs to the results
         eval_results=_eval_results(metrics, recipe, "UrbanSound8K" if urbansound8k else metrics["dataset"]),
     )
     card = ModelCard.from_template(
         data,
         template_path=str(template),
         **{"test": None, "running": None} | dict(metrics),
-        code=sorted(file for file in files if file.endswith(".py")),
+        code=code,
         name=name,
         title=Path(name).name,
         files=files,
         dataset_id=dataset,
         base_model_id=base_model,
-        remote_code=remote_code,
+        remote_code=bool(code),
         urbansound8k=urbansound8k,
         dendritic=dendrites,
         grown=grown,
         family=FAMILY_NAMES.get(architecture, architecture),
         recipe=recipe,
-        results=scores_table(metrics),
-        classes=classes_table(metrics["test"]) if metrics.get("test") else None,
-        left_out=skipped_list(metrics["skipped"]) if metrics.get("skipped") else None,
+        results=tables.scores_table(metrics),
+        classes=tables.classes_table(test) if test else None,
+        left_out=tables.skipped_list(metrics["skipped"]) if metrics.get("skipped") else None,
         comparison=comparison,
-        beside=comparison and f"{sides_table(comparison)}\n\n{differences_table(comparison)}",
+        beside=comparison and f"{tables.sides_table(comparison)}\n\n{tables.differences_table(comparison)}",
         other=other,
         revision=revision,
         hyperparameters={
@@ -166,12 +155,11 @@ def _eval_results(metrics: Mapping[str, Any], recipe: Mapping[str, Any], dataset
 def _growth(dendrites: Mapping[str, Any] | None) -> str | None:
     if not dendrites or not dendrites["growth"]:
         return None
-    rows = [
-        [event["event"], event["step"], "" if event["metric"] is None else f"{event['metric']:.4f}"]
-        + [event["dendrites"], f"{event['parameters']:,}"]
-        for event in dendrites["growth"]  # early growth needs no metric
-    ]
-    return markdown_table([["event", "step", "validation metric", "dendrites a layer", "parameters"], *rows])
+    rows = [["event", "step", "validation metric", "dendrites a layer", "parameters"]]
+    for event in dendrites["growth"]:
+        metric = "" if event["metric"] is None else f"{event['metric']:.4f}"  # early growth needs no metric
+        rows.append([event["event"], event["step"], metric, event["dendrites"], f"{event['parameters']:,}"])
+    return tables.markdown_table(rows)
 
 
 def _duration(seconds: float) -> str:

@@ -28,34 +28,31 @@ def check_pipeline(
         clips: The clips of `predictions`, not decoded. About eight of them are classified.
         audio_column: Column of the audio.
         predictions: Table from `predictions_table`.
-        loss: The loss of the training. The scores are sigmoids for bce, else the softmax.
+        loss: The loss of the training. The scores are sigmoids for bce, otherwise the softmax.
 
     Raises:
         RuntimeError: The scores differ by more than 1e-3.
     """
     model, extractor = load_finished(folder)
     loaded = pipeline("audio-classification", model=model, feature_extractor=extractor)
-    rate, rows = loaded.feature_extractor.sampling_rate, range(0, len(clips), 1 + len(clips) // 9)
-    expected = predictions.iloc[rows]
-    names = list(loaded.model.config.id2label.values())
-    channel = getattr(loaded.model.config, "channel", "mean")
+    rows, names = range(0, len(clips), 1 + len(clips) // 9), list(model.config.id2label.values())
+    expected, channel = predictions.iloc[rows], getattr(model.config, "channel", "mean")
     heard = clips.with_format("arrow")[rows][audio_column].to_pylist()
-    waveforms = [load_waveform(audio, rate, channel=channel) for audio in heard]
+    waveforms = [load_waveform(audio, extractor.sampling_rate, channel=channel) for audio in heard]
     activate = expit if loss == "bce" else partial(softmax, axis=-1)
     scores = np.stack([_pipeline_scores(loaded, waveform, activate) for waveform in waveforms])
     difference = np.abs(scores - activate(np.stack(expected["logits"]))).max()
     if not difference < 1e-3:
         raise RuntimeError(f"{folder}: pipeline's scores are {difference:.2g} from those of the trained model")
     rows = [["clip", "class", "pipeline says", "score"]]
-    rows += [
-        [clip, label if isinstance(label, str) else ", ".join(label), names[found.argmax()], float(found.max())]
-        for clip, label, found in zip(expected["clip"], expected["label"], scores, strict=True)
-    ]
+    for clip, label, found in zip(expected["clip"], expected["label"], scores, strict=True):
+        label = label if isinstance(label, str) else ", ".join(label)
+        rows.append([clip, label, names[found.argmax()], float(found.max())])
     print(f"\nLoaded by pipeline, scores within {difference:.1g}:\n{markdown_table(rows)}", flush=True)
 
 
 def _pipeline_scores(loaded: AudioClassificationPipeline, waveform: np.ndarray, activate: Callable) -> np.ndarray:
-    """Scores (classes,): of a clip that fits into the model's window those that the pipeline itself gives."""
+    """Scores (classes,) of a clip. If the clip fits into the model's window, they come from the pipeline itself."""
     if len(pipeline_windows(loaded, len(waveform))) > 1:
         return activate(classify(loaded, waveform))
     found = {answer["label"]: answer["score"] for answer in loaded(waveform, top_k=loaded.model.config.num_labels)}

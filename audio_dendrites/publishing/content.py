@@ -1,4 +1,4 @@
-"""What may leave the machine: an allow-list of files, staged in a folder without local paths, then searched."""
+"""Copy the files that may be published to a folder, without local paths, and search them for secrets."""
 
 import json
 import os
@@ -38,7 +38,7 @@ LOCAL_FOLDERS = re.compile(
 )
 LOCAL_PATH = re.compile(r"(?:~\w*|\.{1,2}|[A-Za-z]:)?[/\\][^:\n]*")
 SECRET_NAME = re.compile("TOKEN(?!IZER)|KEY|SECRET|PASSW", re.IGNORECASE)
-TEXT = {".json", ".md", ".py", ".yaml", ".parquet"}
+TEXT = {".json", ".md", ".py", ".yaml", ".csv", ".parquet"}
 PIECE, OVERLAP = 1 << 24, 1 << 12  # bytes; no pattern matches more than the overlap
 
 
@@ -47,7 +47,7 @@ class PublishError(UserError):
 
 
 def stage_run(run: Path, folder: Path) -> None:
-    """Put everything of a finished run that may be published into an empty folder, except its card.
+    """Copy everything of a finished run that may be published, except its card, to an empty folder.
 
     Raises:
         PublishError: If the run is not finished or has no complete model.
@@ -66,33 +66,25 @@ def stage_run(run: Path, folder: Path) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
     if comparison is not None:
         write_json(comparison, folder / "comparison.json")
-    if (run / "comparison.md").is_file():
-        text = without_paths((run / "comparison.md").read_text(encoding="utf-8"))
-        (folder / "comparison.md").write_text(text, encoding="utf-8")
+    for path in files_named(run, ("comparison.md", "comparison.csv")):
+        (folder / path.name).write_text(without_paths(path.read_text(encoding="utf-8")), encoding="utf-8")
     table = pandas.read_parquet(run / "predictions.parquet")
     table.assign(**_texts(table).map(without_paths)).to_parquet(folder / "predictions.parquet", index=False)
 
 
 def stage_checkpoints(last: Path, best: Path | None, folder: Path) -> None:
-    """Add the files that resume a training to a folder, and those that end it with its best weights.
+    """Add the last checkpoint and, if it is another one, the best checkpoint to the folder of the staged model.
 
     The files are linked or copied, because the training deletes its own checkpoints while they are uploaded.
-
-    Args:
-        last: The last checkpoint.
-        best: The best checkpoint so far, if there is one.
-        folder: The folder of the staged model.
     """
-    for name, checkpoint, patterns in (
-        (LAST_CHECKPOINT, last, CHECKPOINT_FILES),
-        (BEST_CHECKPOINT, best if best != last else None, BEST_FILES),
-    ):
-        if checkpoint is not None:
-            (folder / name).mkdir()
-            _link(checkpoint, patterns, folder / name)
-            write_json(
-                without_paths(read_json(checkpoint / "trainer_state.json")), folder / name / "trainer_state.json"
-            )
+    staged = {LAST_CHECKPOINT: (last, CHECKPOINT_FILES)}
+    if best not in (None, last):
+        staged[BEST_CHECKPOINT] = best, BEST_FILES
+    for name, (checkpoint, patterns) in staged.items():
+        (folder / name).mkdir()
+        _link(checkpoint, patterns, folder / name)
+        state = read_json(checkpoint / "trainer_state.json")
+        write_json(without_paths(state), folder / name / "trainer_state.json")
 
 
 def code_files(folder: Path) -> list[str]:
@@ -155,7 +147,7 @@ def check_staged(folder: Path, token: str | None = None) -> None:
 
 def staged_files(folder: Path) -> list[Path]:
     """All files of a staged folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return files_named(folder, ("**/*",))
 
 
 def files_named(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -172,18 +164,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _forbidden(token: str | None) -> list[tuple[str, bytes, bool]]:
-    """What must not leave the machine: a description, a pattern, and whether it counts in text files only.
+    """What must not be published: a description, a pattern, and whether it counts in text files only.
 
-    The name of a host may be an ordinary word or chance bytes of the weights. It counts in text only, and only if it is
+    The name of a host may be an ordinary word or random bytes of the weights. It counts only in text, and only if it is
     long or has a digit.
     """
+    home_folder = rb"(?<![\w.:/-])(?:/[\w.-]+)*/(?:home/[\w.-]+|Users/[\w.-]+|root)/|[A-Za-z]:\\+Users\\+"
     found = [
         ("what looks like a token of the Hub", rb"hf_[A-Za-z0-9]{20,}", False),
-        (
-            "a path in a home folder",
-            rb"(?<![\w.:/-])(?:/[\w.-]+)*/(?:home/[\w.-]+|Users/[\w.-]+|root)/|[A-Za-z]:\\+Users\\+",
-            True,
-        ),
+        ("a path in a home folder", home_folder, True),
     ]
     secrets = {"the token of the Hub": token or get_token()}
     secrets |= {
@@ -201,7 +190,7 @@ def _forbidden(token: str | None) -> list[tuple[str, bytes, bool]]:
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    """The content of a file in overlapping pieces. A table, which is compressed, comes as its text too."""
+    """The content of a file in overlapping pieces and, because a Parquet file is compressed, the text of a table."""
     if path.suffix == ".parquet":
         table = pandas.read_parquet(path)
         yield "\n".join(map(str, [*table.columns, *_texts(table).to_numpy().ravel()])).encode()
@@ -213,15 +202,15 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def read_comparison(run: Path) -> dict[str, Any] | None:
-    """comparison.json, if there is one.
+    """Read comparison.json, if it exists.
 
     Raises:
-        PublishError: An older compare.py wrote it.
+        PublishError: If an older compare.py wrote it.
     """
     path = run / "comparison.json"
     comparison = read_json(path) if path.is_file() else None
     if comparison is not None and "sides" not in comparison:
-        raise PublishError(f"{path} must list `sides`, but an older compare.py wrote it: compare the runs again")
+        raise PublishError(f"{path} must list `sides`. An older compare.py wrote it: compare the runs again")
     return comparison
 
 

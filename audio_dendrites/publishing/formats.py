@@ -1,4 +1,4 @@
-"""A finished run as one file for other runtimes, checked against the model it comes from.
+"""Export a finished run as one file for other runtimes, and compare the file with the model.
 
     python -m audio_dendrites.publishing.formats RUN --format onnx|torch_export|safetensors [--output FILE]
 
@@ -31,42 +31,35 @@ from audio_dendrites.files import written_whole
 from audio_dendrites.models.finished import load_finished
 
 TOLERANCE = 1e-5  # largest difference of a logit, as a share of the batch's largest logit
-BATCHES = (1, 4)  # clips that are compared; the model is traced with two, so that a fixed number shows
-SHORT = 7  # waveforms are compared whole and at this part of their length, so that a fixed length shows
-LARGEST_ONNX = 2**31 - 2**24  # bytes of weights: a protobuf message has at most 2 GiB, and the graph needs some of it
+BATCHES = (1, 4)  # clips that are compared. The model is traced with two, so a fixed number of clips would fail.
+SHORT = 7  # Waveforms are compared whole and cut to 1/7 of their length, so a fixed length would fail.
+LARGEST_ONNX = 2**31 - 2**24  # bytes of weights. A protobuf message has at most 2 GiB, and the graph needs some of it.
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Format(NamedTuple):
-    """How a format is written and read back.
-
-    Attributes:
-        suffix: The suffix of its files.
-        packages: Packages that it needs and the project does not.
-        write: Takes a model, the features of two clips, the metadata and the path.
-        read: Takes the path and the model, and gives a function from features to logits.
-    """
+    """How a format is written and read back."""
 
     suffix: str
-    packages: tuple[str, ...]
-    write: Callable[[PreTrainedModel, torch.Tensor, dict[str, str], Path], None]
-    read: Callable[[Path, PreTrainedModel], Logits]
+    packages: tuple[str, ...]  # that only this format needs
+    write: Callable[[PreTrainedModel, torch.Tensor, dict[str, str], Path], None]  # takes features, metadata and path
+    read: Callable[[Path, PreTrainedModel], Logits]  # returns a function from features to logits
 
 
 def export_run(run: Path, format: str, output: Path | None = None) -> tuple[Path, float]:
-    """Write a run's model in another format.
+    """Write the model of a run, or of another model folder, in another format.
 
     Args:
-        run: Folder of a finished run, or another model folder.
+        run: The folder.
         format: A key of `FORMATS`.
-        output: The file. Defaults to export/model with the format's suffix, in the run folder.
+        output: The file. Defaults to export/model with the suffix of the format, in the folder.
 
     Returns:
         The file, and the largest difference between its logits and the model's, relative to the largest logit.
 
     Raises:
-        UserError: The folder holds no whole model, a package is missing, the format does not support the model, or the
-            file's logits are not the model's. An older file then stays as it was.
+        UserError: The folder holds no complete model, a package is missing, the format does not support the model, or
+            the logits of the file differ from those of the model. An older file then stays as it was.
     """
     kind = FORMATS[format]
     if missing := [package for package in kind.packages if find_spec(package) is None]:
@@ -88,32 +81,25 @@ def export_run(run: Path, format: str, output: Path | None = None) -> tuple[Path
 
 
 def example_features(extractor: FeatureExtractionMixin, clips: int) -> torch.Tensor:
-    """Features of 11 s of tones in noise, each clip at another pitch and level.
-
-    Args:
-        extractor: The feature extractor of the run.
-        clips: Number of clips.
+    """Features of 11 s of tones in noise, each clip at another pitch and level, the same in every call.
 
     Returns:
-        (clips, frames, mel bands) or (clips, samples), as the model takes them, float32. Every call gives the same.
+        (clips, frames, mel bands) or (clips, samples), as the model takes them, float32.
     """
     random, time = np.random.default_rng(0), np.arange(11 * extractor.sampling_rate) / extractor.sampling_rate
     waveforms = [
         (0.5 ** (clip + 1) * (np.sin(2 * np.pi * 220 * 1.5**clip * time) + random.normal(0, 0.3, len(time)))) / 1.5
         for clip in range(clips)
     ]
-    features = extractor(
-        [waveform.astype(np.float32) for waveform in waveforms],
-        sampling_rate=extractor.sampling_rate,
-        return_tensors="pt",
-    )
+    waveforms = [waveform.astype(np.float32) for waveform in waveforms]
+    features = extractor(waveforms, sampling_rate=extractor.sampling_rate, return_tensors="pt")
     return features["input_values"].float()
 
 
 def metadata(run: Path, model: PreTrainedModel, extractor: FeatureExtractionMixin) -> dict[str, str]:
-    """What a file holds beside the weights: JSON by name."""
-    values = {"labels": [model.config.id2label[i] for i in range(model.config.num_labels)]}
-    values["sampling_rate"] = extractor.sampling_rate
+    """The metadata of a file: JSON by name."""
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    values: dict[str, Any] = {"labels": labels, "sampling_rate": extractor.sampling_rate}
     for name in ("preprocessor_config", "config"):
         values[name] = json.loads((run / f"{name}.json").read_text(encoding="utf-8"))
         values[name].pop("_name_or_path", None)  # a path of this machine
@@ -122,12 +108,7 @@ def metadata(run: Path, model: PreTrainedModel, extractor: FeatureExtractionMixi
 
 @torch.no_grad()
 def check_parity(model: PreTrainedModel, logits: Logits, features: torch.Tensor) -> float:
-    """Compare the logits of a file with the model's.
-
-    Args:
-        model: The model, in evaluation mode.
-        logits: Computes the logits of the file.
-        features: At least as many clips as the largest of `BATCHES`.
+    """Compare the logits of a file with those of a model in evaluation mode.
 
     Returns:
         The largest difference, relative to the largest logit of the batch.
@@ -142,19 +123,20 @@ def check_parity(model: PreTrainedModel, logits: Logits, features: torch.Tensor)
     for batch in batches:
         expected, found = model(batch).logits, logits(batch)
         if found.shape != expected.shape:
-            raise UserError(f"the file gives logits of shape {tuple(found.shape)}, the model {tuple(expected.shape)}")
+            shapes = tuple(expected.shape), tuple(found.shape)
+            raise UserError(f"the logits of the file must have the shape {shapes[0]}, got {shapes[1]}")
         difference = float((found - expected).abs().max() / expected.abs().max())
         if not difference <= TOLERANCE:
             raise UserError(
-                f"the file's logits differ from the model's by {difference:.1e} of the largest one, more than "
-                f"{TOLERANCE:.0e}. The file was deleted"
+                f"the logits of the file must be those of the model within {TOLERANCE:.0e} of the largest one, got a "
+                f"difference of {difference:.1e}. The file was deleted"
             )
         worst = max(worst, difference)
     return worst
 
 
 class _Logits(nn.Module):
-    """A model whose output is a tensor, so that a traced file needs none of transformers' classes."""
+    """A model whose output is a tensor, so that a traced file needs no class of transformers."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -166,15 +148,13 @@ class _Logits(nn.Module):
 
 def _traced(model: PreTrainedModel, features: torch.Tensor) -> torch.export.ExportedProgram:
     """The model as a graph for any number of clips and, if it takes waveforms, of samples."""
+    axes = {"input_values": _free_axes(features, torch.export.Dim)}
+    # Pooling and memory layouts make torch assume that the number of frames is odd, or even, as in the trace. The graph
+    # is the same for all lengths (`check_parity` tries two), so these assertions are deferred, and dropped below.
     program = torch.export.export(
-        _Logits(model).eval(),
-        (),
-        {"input_values": features},
-        dynamic_shapes={"input_values": _free_axes(features, torch.export.Dim)},
-        # Pooling and memory layouts make torch assume that the number of frames is odd, or even, as in the trace.
-        # The graph is the same for all lengths (`check_parity` tries two), so these assertions are dropped.
+        _Logits(model).eval(), (), {"input_values": features}, dynamic_shapes=axes,
         prefer_deferred_runtime_asserts_over_guards=True,
-    )
+    )  # fmt: skip
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in list(module.graph.nodes):
@@ -207,16 +187,13 @@ def _write_onnx(model, features, values, path):
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size > LARGEST_ONNX:
         raise UserError(
-            f"format onnx: the weights are {size / 1e9:.2f} GB, one ONNX file holds {LARGEST_ONNX / 1e9:.2f}; use "
+            f"format onnx: the weights must be at most {LARGEST_ONNX / 1e9:.2f} GB, got {size / 1e9:.2f} GB. Use "
             f"--format torch_export"
         )
     try:
+        axes = {"input_values": _free_axes(features, str)}
         program = torch.onnx.export(
-            _traced(model, features),
-            output_names=["logits"],
-            dynamic_shapes={"input_values": _free_axes(features, str)},
-            dynamo=True,
-            verbose=False,
+            _traced(model, features), output_names=["logits"], dynamic_shapes=axes, dynamo=True, verbose=False
         )
     except torch.onnx.OnnxExporterError as error:
         raise UserError(
@@ -225,7 +202,7 @@ def _write_onnx(model, features, values, path):
         ) from error
     program.model.metadata_props.update(values)
     proto = program.model_proto
-    # Shapes between the layers, which no runtime needs. onnxruntime's `quantize_dynamic` transposes weights and then
+    # No runtime needs the shapes between the layers. onnxruntime's `quantize_dynamic` transposes weights and then
     # refuses the file because their recorded shapes differ.
     proto.graph.ClearField("value_info")
     path.write_bytes(proto.SerializeToString())
@@ -257,12 +234,8 @@ FORMATS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Export, and say where to and how closely."""
-    parser = argparse.ArgumentParser(
-        prog="python -m audio_dendrites.publishing.formats",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Read the command line, export, and print the difference."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="Folder of a finished run.")
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--output", type=Path, metavar="FILE", help="Default: RUN/export/model.<suffix>.")
@@ -270,8 +243,8 @@ def main(arguments: Sequence[str]) -> None:
     output, difference = export_run(options.run, options.format, options.output)
     print(
         f"Written to {output} ({output.stat().st_size / 1e6:.2f} MB). On batches of "
-        f"{' and '.join(map(str, BATCHES))} clips its logits differ from the model's by at most {difference:.1e} of "
-        f"the largest one (allowed: {TOLERANCE:.0e})."
+        f"{' and '.join(map(str, BATCHES))} clips its logits differ from those of the model by at most "
+        f"{difference:.1e} of the largest one (allowed: {TOLERANCE:.0e})."
     )
 
 

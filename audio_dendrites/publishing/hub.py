@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -42,19 +43,25 @@ CARD_COMMIT = "Model card"
 FULL = re.compile("quota|storage|limit|exceed|payment", re.IGNORECASE)
 
 
+class Target(NamedTuple):
+    """Where to push."""
+
+    repo_id: str  # owner/name; without an owner, the repository belongs to the owner of the token
+    private: bool | None = None  # whether a new repository is private; defaults to the setting of the Hub
+    revision: str | None = None  # branch to push to, created if it does not exist
+    token: str | None = None  # defaults to the token of `hf auth login` or HF_TOKEN
+
+
+def target_of(args: TrainingArguments) -> Target:
+    """Where a training pushes. By default, a repository that gets pickles is private."""
+    is_checkpoint = args.hub_strategy == HubStrategy.CHECKPOINT
+    private = True if args.hub_private_repo is None and is_checkpoint else args.hub_private_repo
+    return Target(args.hub_model_id, private, args.hub_revision, args.hub_token)
+
+
 @contextmanager
 def staged(run: Path, repo_id: str, template: Path, other: str | None = None) -> Iterator[Path]:
-    """A temporary folder with everything of a finished run that may be published, its card included.
-
-    Args:
-        run: The run folder. It is only read.
-        repo_id: owner/name, or name.
-        template: Jinja template of the card.
-        other: Repository of the run that this one is compared with, if it is published too.
-
-    Raises:
-        PublishError: If the run is not finished.
-    """
+    """A temporary folder with everything of a finished run that may be published, its card included; see `publish`."""
     with tempfile.TemporaryDirectory(prefix="publish-") as folder:
         stage_run(run, Path(folder))
         Path(folder, "README.md").write_text(run_card(run, repo_id, template, other=other), encoding="utf-8")
@@ -62,25 +69,15 @@ def staged(run: Path, repo_id: str, template: Path, other: str | None = None) ->
 
 
 def publish(
-    run: Path,
-    repo_id: str,
-    template: Path,
-    other: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    command: str | None = None,
+    run: Path, target: Target, template: Path, other: str | None = None, command: str | None = None
 ) -> str | None:
     """Push a finished run. If the model has code, a second commit adds the card, which pins the first commit.
 
     Args:
         run: The run folder. It is only read.
-        repo_id: owner/name. Without an owner, the repository belongs to the owner of the token.
+        target: Where to push.
         template: Jinja template of the card.
         other: Repository of the run that this one is compared with, if it is published too.
-        private: Whether a new repository is private. Defaults to the Hub's setting.
-        revision: Branch to push to. It is created if it does not exist.
-        token: Defaults to the token of `hf auth login` or HF_TOKEN.
         command: The command that error messages show to try again. Defaults to publish.py with this run.
 
     Returns:
@@ -89,126 +86,97 @@ def publish(
     Raises:
         PublishError: If not everything was sent. The run folder is unchanged, and the same call sends the rest.
     """
-    with staged(run, repo_id, template, other) as folder:
-        check_staged(folder, token)
-        with _explained(run, repo_id, private, revision, command):
-            repo_id = create_repo(repo_id, private, revision, token)
-            other = other and (other if "/" in other else f"{repo_id.split('/')[0]}/{other}")
-            card = folder / "README.md"
-            if not code_files(run):
-                card.write_text(run_card(run, repo_id, template, other=other), encoding="utf-8")
-                commit = push(folder, staged_files(folder), repo_id, "Model, figures and card", revision, token)
-            else:
+    with staged(run, target.repo_id, template, other) as folder:
+        check_staged(folder, target.token)
+        with _explained(run, target, command):
+            target = create_repo(target)
+            other = other and (other if "/" in other else f"{target.repo_id.split('/')[0]}/{other}")
+            card, pinned, sent = folder / "README.md", None, None
+            if code_files(run):
                 files = [path for path in staged_files(folder) if path != card]
-                sent = push(folder, files, repo_id, "Model, code and figures", revision, token)
-                commits = HfApi(token=token).list_repo_commits(repo_id, revision=revision)
+                sent = push(folder, files, target, "Model, code and figures")
+                commits = HfApi(token=target.token).list_repo_commits(target.repo_id, revision=target.revision)
                 pinned = next(commit.commit_id for commit in commits if commit.title != CARD_COMMIT)
-                card.write_text(run_card(run, repo_id, template, other=other, revision=pinned), encoding="utf-8")
-                commit = push(folder, [card], repo_id, CARD_COMMIT, revision, token) or sent
-    return commit and f"{HfApi().endpoint}/{repo_id}"
+            card.write_text(run_card(run, target.repo_id, template, other, pinned), encoding="utf-8")
+            files, message = ([card], CARD_COMMIT) if pinned else (staged_files(folder), "Model, figures and card")
+            commit = push(folder, files, target, message) or sent
+    return commit and f"{HfApi().endpoint}/{target.repo_id}"
 
 
 def publish_finished(args: TrainingArguments, template: Path, other: str | None = None) -> None:
-    """Push a run after its training, if the recipe asks for it. A failure is logged and raises nothing.
-
-    Args:
-        args: The arguments of the training.
-        template: Jinja template of the card.
-        other: Repository of the run that this one is compared with.
-    """
-    if not args.push_to_hub or args.process_index > 0:
-        return
-    run, private = Path(args.output_dir), is_private(args)
-    try:
-        address = publish(run, args.hub_model_id, template, other, private, args.hub_revision, args.hub_token)
-    except PublishError as error:
-        logger.warning("%s", error)
-    else:
-        logger.info("%s", f"Published: {address}" if address else f"{args.hub_model_id} has every file already.")
+    """Push a run after its training, if the recipe asks for it. A failure is logged and raises nothing."""
+    if args.push_to_hub and args.process_index == 0:
+        with _logged():
+            address = publish(Path(args.output_dir), target_of(args), template, other)
+            logger.info("%s", f"Published: {address}" if address else f"{args.hub_model_id} has every file already.")
 
 
 def ask(args: TrainingArguments) -> None:
     """Create the repository before the training. A failure is logged and raises nothing."""
+    target = target_of(args)
     if args.hub_strategy == HubStrategy.CHECKPOINT:
         logger.info(
             "hub_strategy checkpoint also pushes what resumes the training. Its optimizer.pt, scheduler.pt and "
             "rng_state.pth are pickles, so a new repository is %s.",
-            "private unless hub_private_repo is false" if is_private(args) else "public, as hub_private_repo says",
+            "private unless hub_private_repo is false" if target.private else "public, as hub_private_repo says",
         )
-    try:
-        with _explained(Path(args.output_dir), args.hub_model_id, is_private(args), args.hub_revision):
-            create_repo(args.hub_model_id, is_private(args), args.hub_revision, args.hub_token)
-    except PublishError as error:
-        logger.warning("%s", error)
+    with _logged(), _explained(Path(args.output_dir), target):
+        create_repo(target)
 
 
 def push_checkpoint(args: TrainingArguments, folder: Path, message: str) -> None:
     """Push the staged folder of a running training. A failure is logged and raises nothing."""
-    repo_id, private, revision, token = args.hub_model_id, is_private(args), args.hub_revision, args.hub_token
-    try:
-        check_staged(folder, token)
-        with _explained(Path(args.output_dir), repo_id, private, revision):
-            repo_id = create_repo(repo_id, private, revision, token)
-            push(folder, staged_files(folder), repo_id, message, revision, token)
-    except PublishError as error:
-        logger.warning("%s", error)
+    target = target_of(args)
+    with _logged():
+        check_staged(folder, target.token)
+        with _explained(Path(args.output_dir), target):
+            push(folder, staged_files(folder), create_repo(target), message)
 
 
-def is_private(args: TrainingArguments) -> bool | None:
-    """`hub_private_repo`, where a repository that gets pickles is private by default."""
-    is_checkpoint = args.hub_strategy == HubStrategy.CHECKPOINT
-    return True if args.hub_private_repo is None and is_checkpoint else args.hub_private_repo
-
-
-def create_repo(
-    repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None
-) -> str:
-    """Create a repository and a branch if they do not exist. Returns the id with its owner."""
-    if token is None and get_token() is None:
+def create_repo(target: Target) -> Target:
+    """Create a repository and a branch if they do not exist. Returns the target with the owner in its id."""
+    if target.token is None and get_token() is None:
         raise LocalTokenNotFoundError
-    validate_repo_id(repo_id)
-    api = HfApi(token=token)
-    if "/" not in repo_id:
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return repo_id
+    validate_repo_id(target.repo_id)
+    api = HfApi(token=target.token)
+    if "/" not in target.repo_id:
+        target = target._replace(repo_id=f"{api.whoami()['name']}/{target.repo_id}")
+    api.create_repo(target.repo_id, private=target.private, exist_ok=True)
+    if target.revision is not None:
+        api.create_branch(target.repo_id, branch=target.revision, exist_ok=True)
+    return target
 
 
-def push(
-    folder: Path, files: list[Path], repo_id: str, message: str, revision: str | None = None, token: str | None = None
-) -> str | None:
+def push(folder: Path, files: list[Path], target: Target, message: str) -> str | None:
     """Upload files of a staged folder in one commit. A push of a model removes checkpoints that it does not hold.
 
     Returns:
         The commit id, or None if the repository had every file.
     """
-    api = HfApi(token=token)
-    before = api.model_info(repo_id, revision=revision)
+    api = HfApi(token=target.token)
+    before = api.model_info(target.repo_id, revision=target.revision)
     names = {path.relative_to(folder).as_posix(): path for path in files}
     operations: list = [CommitOperationAdd(name, path) for name, path in names.items()]
-    operations += [
-        CommitOperationDelete(file.rfilename)
-        for file in before.siblings
-        if file.rfilename.startswith((LAST_CHECKPOINT, BEST_CHECKPOINT))
-        and file.rfilename not in names
-        and "config.json" in names
-    ]
+    if "config.json" in names:
+        old = sorted({file.rfilename for file in before.siblings} - names.keys())
+        checkpoints = LAST_CHECKPOINT, BEST_CHECKPOINT
+        operations += [CommitOperationDelete(name) for name in old if name.startswith(checkpoints)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
         # One thread: if the connection is lost, several threads close each other's client.
-        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, num_threads=1)
+        commit = api.create_commit(
+            target.repo_id, operations, commit_message=message, revision=target.revision, num_threads=1
+        )
     return None if commit.oid == before.sha else commit.oid
 
 
 def fetch_checkpoint(repo_id: str, output_dir: Path, token: str | None = None, is_first: bool = True) -> Path:
-    """Fetch the last checkpoint of a training, and its best one, from the Hub into a run folder.
+    """Copy the last checkpoint of a training, and its best one, from the Hub to a run folder.
 
     Args:
         repo_id: owner/name.
         output_dir: The run folder.
-        token: Defaults to the token of `hf auth login` or HF_TOKEN.
+        token: See `Target`.
         is_first: Whether this process writes the checkpoints. The others only get their path.
 
     Returns:
@@ -233,18 +201,7 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, token: str | None = None, i
 
 
 def download_checkpoint(repo_id: str, token: str | None = None) -> Path:
-    """Download the last checkpoint of a training, and its best one, into the Hub's cache.
-
-    Args:
-        repo_id: owner/name.
-        token: Defaults to the token of `hf auth login` or HF_TOKEN.
-
-    Returns:
-        The folder of the cache that holds them.
-
-    Raises:
-        UserError: If the repository does not exist, cannot be read, or has no checkpoint.
-    """
+    """Download the checkpoints that `fetch_checkpoint` copies, and return their folder in the cache."""
     try:
         patterns = [f"{LAST_CHECKPOINT}/*", f"{BEST_CHECKPOINT}/*"]
         snapshot = Path(snapshot_download(repo_id, allow_patterns=patterns, token=token, max_workers=1))  # as in `push`
@@ -274,7 +231,7 @@ def _copy_checkpoint(source: Path, target: Path, best: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """One line that says what went wrong with the Hub."""
+    """Say in one line what went wrong with the Hub."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:  # the client's "Error while uploading"
         error = error.__cause__
     if isinstance(error, LocalTokenNotFoundError):
@@ -305,18 +262,25 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _explained(
-    run: Path, repo_id: str, private: bool | None, revision: str | None, command: str | None = None
-) -> Iterator[None]:
+def _logged() -> Iterator[None]:
+    """Log a PublishError as a warning."""
+    try:
+        yield
+    except PublishError as error:
+        logger.warning("%s", error)
+
+
+@contextmanager
+def _explained(run: Path, target: Target, command: str | None = None) -> Iterator[None]:
     """Turn any error of the client into a PublishError with the cause and the command that tries again."""
     try:
         yield
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        options = f" --revision {revision}" * (revision is not None) + " --private" * bool(private)
-        command = command or f"python publish.py {shlex.quote(str(run))} --repo_id {repo_id}{options}"
+        options = f" --revision {target.revision}" * (target.revision is not None) + " --private" * bool(target.private)
+        command = command or f"python publish.py {shlex.quote(str(run))} --repo_id {target.repo_id}{options}"
         next_step = (
             f"The run folder is unchanged. This command tries again and sends only the missing files: {command}"
             if is_finished(run)
             else f"The training continues, and its next push tries again. After the training, use: {command}"
         )
-        raise PublishError(f"{run} was not published as {repo_id}: {reason(error)}. {next_step}") from error
+        raise PublishError(f"{run} was not published as {target.repo_id}: {reason(error)}. {next_step}") from error

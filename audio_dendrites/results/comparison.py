@@ -1,13 +1,12 @@
-"""Compare sides of finished runs, by what their run folders hold; --help explains the options.
+"""Compare sides of finished runs. --help explains the options.
 
     python compare.py BASELINE DENDRITIC [--output FOLDER]
     python compare.py --side plain RUN ... --side wide RUN ... --side dendrites RUN ... [--output FOLDER]
 
-The first side is the reference. Several runs of a side have other seeds or other test folds, and all sides have the
-same test folds. The score of a side is the mean of its runs' scores. Differences have intervals in which recordings
-and, with several runs a side, seeds are drawn at random. Writes comparison.md, comparison.csv, comparison.png and
-comparison.json. With one run in each of two sides, comparison.json is also written into their run folders, for their
-model cards.
+The first side is the reference. The runs of a side differ in their seeds or test folds. All sides must have the same
+test folds. The score of a side is the mean over its runs. The intervals of the differences cover other recordings and,
+with several runs on each side, other seeds. Writes comparison.md, comparison.csv, comparison.png and comparison.json.
+If each of two sides has one run, comparison.json is also written into both run folders, for their model cards.
 """
 
 import argparse
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas
 from matplotlib.figure import Figure
@@ -28,37 +26,29 @@ from pandas import DataFrame
 from audio_dendrites.data.splits import encode_labels, is_multi_label
 from audio_dendrites.errors import UserError
 from audio_dendrites.files import written_whole
+from audio_dendrites.results.dendrites import use_sentence
 from audio_dendrites.results.metrics import ranking
+from audio_dendrites.results.plots import save_figure
 from audio_dendrites.results.runs import check_same_clips, check_same_task, read_run, refuse
 from audio_dendrites.results.statistics import SCORES, Runs, difference, error_reduction, holm, mcnemar_exact
 from audio_dendrites.results.tables import differences_table, sides_table, span
 
-matplotlib.use("agg")
-
 SIGNIFICANT = 0.05
-METHOD = """Intervals are at 95 %. With one run a side they hold for these two models on other recordings (jackknife
-over source recordings). With several runs they also hold for other runs (Student's t, in pairs where both sides have
-the same seeds and folds). Over several sides, p is corrected by Holm's method, and the intervals are widened to match.
-The effect size is the difference in standard deviations of runs (Hedges' g)."""
+METHOD = """Intervals are at 95 %. With one run on each side, they describe these two models on other recordings
+(jackknife over source recordings). With several runs, they also cover other runs (Student's t, paired if both sides
+have the same seeds and folds). With more than two sides, p is corrected by Holm's method, and the intervals are widened
+to match. The effect size is the difference in standard deviations of runs (Hedges' g)."""
 
 
 @dataclass
 class Side:
-    """The runs of one side.
-
-    Attributes:
-        name: What the reports call it.
-        folders: Run folders.
-        metrics: metrics.json of each, with `seed` and `loss`.
-        tables: predictions.parquet of each.
-        clips: One row a test clip, sorted by its name: `label` and `group` (source recording).
-    """
+    """The runs of one side."""
 
     name: str
     folders: list[Path]
-    metrics: list[dict[str, Any]]
-    tables: list[DataFrame]
-    clips: DataFrame
+    metrics: list[dict[str, Any]]  # metrics.json of each run, with `seed` and `loss`
+    tables: list[DataFrame]  # predictions.parquet of each run
+    clips: DataFrame  # a row for each test clip, sorted by its name: `label` and `group` (source recording)
 
     @property
     def folds(self) -> list[frozenset[str]]:
@@ -66,13 +56,16 @@ class Side:
         return [frozenset(table["clip"]) for table in self.tables]
 
     @property
-    def step_seconds(self) -> float | None:
-        """Median over the runs. The time of a run is its whole training, evaluations included, divided by its steps.
-
-        None if no run took a step since it was last resumed.
-        """
-        speeds = [metrics["train_steps_per_second"] for metrics in self.metrics if metrics["train_steps_per_second"]]
-        return 1 / statistics.median(speeds) if speeds else None
+    def use(self) -> str | None:
+        """A sentence that says whether the dendrites are used, on average over the runs; None without dendrites."""
+        uses = [use for run in self.metrics if (use := (run.get("dendrites") or {}).get("use"))]
+        if not uses:
+            return None
+        used = sum(use["used"] for use in uses)
+        lost = statistics.mean(use["lost"] for use in uses)
+        sentence = use_sentence({"use": uses[0] | {"lost": lost, "used": 2 * used > len(uses)}})
+        runs = f", on average over {len(uses)} runs ({used} of them use their dendrites)." if uses[1:] else "."
+        return sentence.replace("dendrites", f"dendrites of `{self.name}`", 1).removesuffix(".") + runs
 
     def mean(self, field: str) -> float | None:
         """Mean over the runs of a number in metrics.json; None if a run does not have it."""
@@ -80,19 +73,23 @@ class Side:
         return None if None in values else statistics.mean(values)
 
     def to_dict(self, tested: Mapping[str, Runs]) -> dict[str, Any]:
-        """The side's entry in comparison.json, without its differences."""
-        scores = {name: one.scores for name, one in tested.items()}
+        """The entry of comparison.json, without differences from another side."""
+        # Evaluations are part of the time. A run that took no step since it was last resumed has no speed.
+        speeds = [speed for metrics in self.metrics if (speed := metrics["train_steps_per_second"])]
+        scores = {name: pandas.Series(one.scores) for name, one in tested.items()}
         return {
             "name": self.name,
             "runs": [folder.name for folder in self.folders],
             "seeds": sorted({metrics["seed"] for metrics in self.metrics} - {None}),
             **{
-                name: {"mean": float(np.mean(one)), "deviation": float(np.std(one, ddof=1)) if len(one) > 1 else None}
+                name: {"mean": float(one.mean()), "deviation": float(one.std()) if len(one) > 1 else None}
                 for name, one in scores.items()
             },
             "parameters": self.mean("parameters"),
+            "multiply_adds": self.mean("multiply_adds"),
             "steps": sorted({metrics["steps"] for metrics in self.metrics}),
-            "seconds_a_step": self.step_seconds,
+            "seconds_a_step": 1 / statistics.median(speeds) if speeds else None,
+            "use": self.use,
         }
 
 
@@ -116,8 +113,8 @@ def compare(sides: Sequence[Side]) -> dict[str, Any]:
     """Compare sides with the first one, the reference.
 
     Returns:
-        comparison.json. Scores, differences and the ends of intervals are from -1 to 1. Over several sides, p is
-        corrected by Holm's method, and the intervals have the levels that belong to it.
+        comparison.json. Scores, differences and the ends of intervals are from -1 to 1. With more than two sides, p is
+        corrected by Holm's method, and the levels of the intervals match.
 
     Raises:
         UserError: The sides were not tested on the same clips of one data set, by the same test folds.
@@ -130,15 +127,17 @@ def compare(sides: Sequence[Side]) -> dict[str, Any]:
         found = [difference(tested[0][name], scores[name]) for scores in tested[1:]]
         for entry, one, (p, level) in zip(entries, found, holm([one.p for one in found]), strict=True):
             low, high = one.interval(level)
-            numbers = {"difference": one.value, "low": low, "high": high, "p": p, "effect_size": one.effect_size}
-            entry[name] |= numbers
+            entry[name] |= {"difference": one.value, "low": low, "high": high, "p": p, "effect_size": one.effect_size}
             entry["over_runs"] = one.over_runs
     for side, entry in zip(others, entries, strict=True):
         if "accuracy" in entry:
             entry["error_reduction_percent"] = error_reduction(first["accuracy"]["mean"], entry["accuracy"]["mean"])
             if len(side.folders) == len(reference.folders) == 1:
-                lost, won, p = mcnemar_exact(_right(reference), _right(side))
-                entry["mcnemar"] = {"lost": lost, "won": won, "p": p}
+                right = [
+                    (table["label"] == table["predicted"]).loc[reference.clips.index].to_numpy()
+                    for table in (one.tables[0].set_index("clip") for one in (reference, side))
+                ]
+                entry["mcnemar"] = dict(zip(("lost", "won", "p"), mcnemar_exact(*right), strict=True))
         entry["verdict"] = verdict(first, entry, next(iter(tested[0])), len(others))
     return {
         "dataset": reference.metrics[0]["dataset"],
@@ -153,7 +152,7 @@ def _check(sides: Sequence[Side]) -> None:
     reference = sides[0]
     folders = [folder for side in sides for folder in side.folders]
     if twice := [str(folder) for folder, count in Counter(map(Path.resolve, folders)).items() if count > 1]:
-        raise UserError(f"a run must stand in one side, once, got {twice[0]} more than once")
+        raise UserError(f"a run must be given once, got {twice[0]} more than once")
     check_same_task(folders, [metrics for side in sides for metrics in side.metrics])
     for other in sides[1:]:
         check_same_clips(reference.clips, other.clips, reference.name, other.name)
@@ -169,11 +168,12 @@ def _check(sides: Sequence[Side]) -> None:
 
 
 def _runs(side: Side, reference: Side) -> dict[str, Runs]:
-    """The side's runs by the name of the score, which for multi-label clips is mAP alone."""
+    """The runs of a side for each score. Multi-label clips have mAP alone."""
     labels, multi_label = side.metrics[0]["labels"], is_multi_label(side.clips["label"])
     names, codes = np.unique(reference.clips["group"], return_inverse=True)
     recordings = pandas.Series(codes, reference.clips.index)
-    folds = {fold: str(number) for number, fold in enumerate(dict.fromkeys(reference.folds))}
+    numbers = {fold: str(number) for number, fold in enumerate(dict.fromkeys(reference.folds))}
+    folds, seeds = [numbers[fold] for fold in side.folds], [metrics["seed"] for metrics in side.metrics]
     runs: dict[str, list[tuple[float, np.ndarray]]] = {name: [] for name in SCORES if name == "mAP" or not multi_label}
     for metrics, table in zip(side.metrics, side.tables, strict=True):
         references = encode_labels(table["label"], labels)
@@ -181,51 +181,39 @@ def _runs(side: Side, reference: Side) -> dict[str, Runs]:
         logits = ranking(np.stack(table["logits"]), metrics["loss"])
         for name, found in runs.items():
             found.append(SCORES[name](logits, references, recordings[table["clip"]].to_numpy(), len(names)))
-    seeds = [metrics["seed"] for metrics in side.metrics]
+    columns = {name: tuple(zip(*found, strict=True)) for name, found in runs.items()}
     return {
-        name: Runs(
-            np.array([score for score, _ in found]), np.stack([effects for _, effects in found], axis=1),
-            [folds[fold] for fold in side.folds], seeds,
-        )
-        for name, found in runs.items()
-    }  # fmt: skip
-
-
-def _right(side: Side) -> np.ndarray:
-    """(clips,) whether the side's one run has each clip right."""
-    table = side.tables[0].set_index("clip").loc[side.clips.index]
-    return (table["label"] == table["predicted"]).to_numpy()
+        name: Runs(np.array(scores), np.stack(effects, axis=1), folds, seeds)
+        for name, (scores, effects) in columns.items()
+    }
 
 
 def verdict(reference: Mapping[str, Any], other: Mapping[str, Any], score: str, comparisons: int) -> str:
-    """Whether a side differs from the reference, how sure that is, and whether the trainings were equal.
+    """Which side is better and by how much, whether the trainings were equal, and whether dendrites are used.
 
     Args:
         reference, other: Entries of comparison.json.
-        score: What decides.
-        comparisons: How many sides are compared with the reference.
+        score: The score that decides.
+        comparisons: Number of sides that are compared with the reference.
     """
-    found, name, beside = other[score], f"`{other['name']}`", f"`{reference['name']}`"
-    numbers = (
-        f"{100 * found['difference']:+.2f} points of {score} (95 % interval {100 * found['low']:+.2f} to "
-        f"{100 * found['high']:+.2f} over {'runs and ' if other['over_runs'] else ''}recordings, p = {found['p']:.2g}"
-        f"{f', corrected for {comparisons} comparisons' if comparisons > 1 else ''})"
-    )
+    found, better, worse = other[score], f"`{other['name']}`", f"`{reference['name']}`"
+    difference, low, high = (100 * found[key] for key in ("difference", "low", "high"))
     significant = found["p"] < SIGNIFICANT
-    if not other["over_runs"]:
-        two = "two " if len(reference["runs"]) == len(other["runs"]) == 1 else ""
-        text = (
-            f"These {two}models {'differ' if significant else 'do not differ significantly'}: {name} has {numbers} "
-            f"against {beside}. Other seeds may give another difference."
-        )
-    elif significant:
-        text = f"{name} {'raises' if found['difference'] > 0 else 'lowers'} the {score} of {beside}: {numbers}."
+    if significant and difference < 0:
+        better, worse, difference, low, high = worse, better, -difference, -high, -low
+    runs = "runs and recordings" if other["over_runs"] else "recordings"
+    corrected = f", corrected for {comparisons} comparisons" if comparisons > 1 else ""
+    certainty = f"(95 % interval {low:+.2f} to {high:+.2f} over {runs}, p = {found['p']:.2g}{corrected})"
+    if significant:
+        text = f"{better} is better than {worse} by {difference:.2f} points of {score} {certainty}."
     else:
-        text = f"{name} does not change the {score} of {beside} significantly: {numbers}."
+        text = f"{better} is not significantly different from {worse}: {difference:+.2f} points of {score} {certainty}."
+    if not other["over_runs"]:
+        text += " Other seeds may give another difference."
     if reference["steps"] != other["steps"]:
-        steps = f"{beside} took {span(reference['steps'])} steps, {name} took {span(other['steps'])}"
-        text += f" The trainings are not the same: {steps}."
-    return text
+        steps = [f"`{side['name']}` took {span(side['steps'])}" for side in (reference, other)]
+        text += f" The trainings are not the same: {steps[0]} steps, {steps[1]}."
+    return " ".join([text, *(side["use"] for side in (reference, other) if side["use"])])
 
 
 def report(found: Mapping[str, Any], sides: Sequence[Side]) -> str:
@@ -234,8 +222,8 @@ def report(found: Mapping[str, Any], sides: Sequence[Side]) -> str:
     verdicts = "\n\n".join(f"**{other['verdict']}**" for other in others)
     listed = "\n".join(f"- {side.name}: {', '.join(map(str, side.folders))}" for side in sides)
     alone = "".join(
-        f"\n\n`{reference['name']}` alone has {test['lost']} clips right, `{other['name']}` alone {test['won']}: "
-        f"McNemar's exact p = {test['p']:.2g}. It takes clips as independent, even those of one recording."
+        f"\n\nOnly `{reference['name']}` has {test['lost']} clips right, only `{other['name']}` has {test['won']}: "
+        f"McNemar's exact p = {test['p']:.2g}. This test treats all clips as independent, even those of one recording."
         for other in others
         if (test := other.get("mcnemar"))
     )
@@ -256,11 +244,16 @@ over runs. {METHOD}
 """
 
 
-def plot(found: Mapping[str, Any], sides: Sequence[Side], path: Path) -> None:
-    """The differences with their intervals, and the score of each side by class."""
+def plot(found: Mapping[str, Any], sides: Sequence[Side]) -> Figure:
+    """Plot the differences with their intervals, and the score of each side by class."""
     reference, *others = found["sides"]
     score = found["scores"][0]
-    by_class = DataFrame({side.name: _by_class(side) for side in sides})
+    what, key = ("accuracy",) * 2 if score == "accuracy" else ("average precision", "average_precision")
+    by_class = DataFrame()
+    for side in sides:
+        runs = [DataFrame(metrics["test"]["per_class"]).loc[key] for metrics in side.metrics]
+        by_class[side.name] = DataFrame(runs).mean()  # over the runs that were tested on the class
+    by_class = by_class.reindex([label for label in sides[0].metrics[0]["labels"] if label in by_class.index])
     figure = Figure(figsize=(11, 2 + 0.35 * max(len(by_class), len(others))), layout="constrained")
     differences, classes = figure.subplots(1, 2, width_ratios=[1, 2])
     differences.axvline(0, color="grey", linewidth=1)
@@ -277,20 +270,10 @@ def plot(found: Mapping[str, Any], sides: Sequence[Side], path: Path) -> None:
     classes.hlines(rows, by_class.min(axis=1), by_class.max(axis=1), color="lightgrey", linewidth=3, zorder=0)
     for number, name in enumerate(by_class):
         classes.scatter(by_class[name], rows, s=160 / (number + 1), label=name, color=f"C{number}")
-    what = "accuracy" if score == "accuracy" else "average precision"
     classes.set(title=f"{what} by class", xlim=(-0.03, 1.03), yticks=rows, yticklabels=by_class.index)
     classes.invert_yaxis()
     classes.legend(loc="lower left")
-    with written_whole(path) as beside:
-        figure.savefig(beside, dpi=150, format="png")
-
-
-def _by_class(side: Side) -> pandas.Series:
-    """Accuracy or average precision of each class, the mean over the runs that were tested on it."""
-    tests = [metrics["test"]["per_class"] for metrics in side.metrics]
-    key = "average_precision" if is_multi_label(side.clips["label"]) else "accuracy"
-    found = DataFrame([{label: scores[key] for label, scores in test.items()} for test in tests]).mean()
-    return found.reindex([label for label in side.metrics[0]["labels"] if label in found])
+    return figure
 
 
 def write_comparison(sides: Mapping[str, Sequence[Path]], folder: Path) -> None:
@@ -298,7 +281,7 @@ def write_comparison(sides: Mapping[str, Sequence[Path]], folder: Path) -> None:
 
     Args:
         sides: Run folders by the name of the side, the reference first.
-        folder: Where to.
+        folder: Where to write.
 
     Raises:
         UserError: The sides cannot be compared.
@@ -306,7 +289,7 @@ def write_comparison(sides: Mapping[str, Sequence[Path]], folder: Path) -> None:
     read = [read_side(name, folders) for name, folders in sides.items()]
     found = compare(read)
     folder.mkdir(parents=True, exist_ok=True)
-    plot(found, read, folder / "comparison.png")
+    save_figure(plot(found, read), folder / "comparison.png")
     with written_whole(folder / "comparison.md") as path:
         path.write_text(report(found, read), encoding="utf-8")
     with written_whole(folder / "comparison.csv") as path:
@@ -321,22 +304,12 @@ def write_comparison(sides: Mapping[str, Sequence[Path]], folder: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The program."""
-    parser = argparse.ArgumentParser(
-        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Read the command line, compare and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="BASELINE DENDRITIC", help="Two run folders.")
-    parser.add_argument(
-        "--side",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("NAME", "RUN"),
-        help="A side's name and run folders.",
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="Default: DENDRITIC, or comparison beside the last runs."
-    )
+    side = {"nargs": "+", "action": "append", "default": [], "metavar": ("NAME", "RUN")}
+    parser.add_argument("--side", **side, help="Name of a side, and its run folders.")
+    parser.add_argument("--output", type=Path, help="Default: DENDRITIC, or `comparison` beside the last runs.")
     options = parser.parse_args(arguments)
     named = {name: [Path(run) for run in runs] for name, *runs in options.side}
     if len(options.runs) == 2 and not named:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from audio_dendrites.models.dendritic import perforated_layers
+
 USED = 0.01  # a score that loses a point, or a loss that rises by a hundredth, without the features of the dendrites
 
 
@@ -27,11 +29,8 @@ def measure_use(trainer: Trainer) -> dict[str, Any] | None:
         `used`; and `layers`, by name the share of the dendrites in the spread (standard deviation) of the output, which
         is the sum of theirs and that of the neurons. None if nothing has grown.
     """
-    grown = {
-        name: module
-        for name, module in trainer.model.named_modules()
-        if type(module).__name__ == "PAINeuronModule" and module.dendrite_modules_added
-    }
+    layers = perforated_layers(trainer.model)
+    grown = {name: module for name, module in layers.items() if module.dendrite_modules_added}
     if not grown:
         return None
     metric = str(trainer.args.metric_for_best_model or "loss").removeprefix("eval_")

@@ -1,4 +1,4 @@
-"""Runs of several test folds and seeds together: tables, pictures and the comparison of their sides."""
+"""Put the runs of several test folds and seeds together: tables, figures and the comparison of their sides."""
 
 import json
 import statistics
@@ -27,7 +27,7 @@ def collect(runs: DataFrame, folder: Path, command: Sequence[str]) -> None:
     Args:
         runs: Run folders. One column for each side, the reference first, and one row for each `fold` and `seed`.
         folder: Where to write.
-        command: What made the runs.
+        command: The command that made the runs.
 
     Raises:
         UserError: No run is finished.
@@ -35,7 +35,7 @@ def collect(runs: DataFrame, folder: Path, command: Sequence[str]) -> None:
     finished = runs.map(is_finished)
     if not finished.any(axis=None):
         raise UserError(f"{folder}: at least one run must be finished to put results together, got none")
-    write(folder, {side: list(runs[side][finished[side]]) for side in runs if finished[side].any()}, command)
+    _write(folder, {side: list(runs[side][finished[side]]) for side in runs if finished[side].any()}, command)
     common = finished.all(axis=1).unstack("seed", fill_value=False)
     common = common[common.any(axis=1)]
     seeds = common.columns[common.all()]
@@ -49,48 +49,35 @@ def collect(runs: DataFrame, folder: Path, command: Sequence[str]) -> None:
 
 
 def summary(folders: Sequence[Path]) -> tuple[str, dict[str, Any], DataFrame]:
-    """The runs of one side together.
-
-    Args:
-        folders: Finished run folders.
+    """Put the finished run folders of one side together.
 
     Returns:
         A Markdown table, the entry of crossval.json, and the predictions of all runs. The entry has the mean and the
-        standard deviation of each score over the runs. It also has the scores of all clips pooled that do not depend on
-        the scale of a model's logits.
+        standard deviation of each score over the runs. It also has those scores of all clips pooled that do not depend
+        on the scale of the logits.
     """
     runs = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders]
     predictions = pandas.concat([pandas.read_parquet(folder / "predictions.parquet") for folder in folders])
     scores = score_names(runs[0]["test"])
-    rows: list[list[Any]] = [["test fold", "run", "clips", *scores]]
-    for folder, metrics in zip(folders, runs, strict=True):
-        test = metrics["test"]
-        rows.append([" ".join(test["folds"]), folder.name, test["clips"], *(test[name] for name in scores)])
+    tests = [(folder.name, run["test"]) for folder, run in zip(folders, runs, strict=True)]
+    rows = [[" ".join(test["folds"]), run, test["clips"], *(test[name] for name in scores)] for run, test in tests]
     means = {name: statistics.mean(run["test"][name] for run in runs) for name in scores}
     deviations = {name: statistics.stdev(run["test"][name] for run in runs) if runs[1:] else 0.0 for name in scores}
-    rows.append(["mean", "", "", *means.values()])
-    rows.append(["standard deviation", "", "", *deviations.values()])
+    rows += [["mean", "", "", *means.values()], ["standard deviation", "", "", *deviations.values()]]
     pooled = score(predictions, runs[0]["labels"])
-    parameters = statistics.mean(run["parameters"] for run in runs)
     found = {
         "runs": [folder.name for folder in folders],
         "mean": means,
         "standard_deviation": deviations,
         "pooled": {name: pooled[name] for name in ("accuracy", "macro_f1") if name in pooled},
-        "parameters": parameters,
+        "parameters": statistics.mean(run["parameters"] for run in runs),
         "minutes": sum(run["train_runtime"] for run in runs) / 60,
     }
-    return markdown_table(rows), found, predictions
+    return markdown_table([["test fold", "run", "clips", *scores], *rows]), found, predictions
 
 
-def write(folder: Path, sides: dict[str, list[Path]], command: Sequence[str]) -> None:
-    """Write crossval.md, crossval.json and a picture of the scores by class for each side.
-
-    Args:
-        folder: Where to write.
-        sides: Run folders by the name of the side, such as baseline.
-        command: What made the runs.
-    """
+def _write(folder: Path, sides: dict[str, list[Path]], command: Sequence[str]) -> None:
+    """Write crossval.md, crossval.json and, for each side, a figure of the scores by class. See `collect`."""
     page, numbers = [f"# Cross-validation\n\n```bash\n{' '.join(command)}\n```"], {}
     for side, folders in sides.items():
         table, numbers[side], predictions = summary(folders)

@@ -1,4 +1,4 @@
-"""Pictures of a run folder."""
+"""Figures of a run folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,38 +20,36 @@ matplotlib.use("agg")
 
 
 def plot_classes(predictions: DataFrame, labels: Sequence[str], title: str, folder: Path, suffix: str = "") -> Path:
-    """The picture of a test: a confusion matrix or, for multi-label clips, the average precision of each class.
+    """Plot confusion_matrix<suffix>.png or, for multi-label clips, average_precision<suffix>.png. Returns the path.
 
     Args:
-        predictions: As `predictions_table` makes it.
+        predictions: As `predictions_table` returns it.
         labels: Class names in the order of the logits.
-        title: Over the picture.
-        folder: Where to.
-        suffix: Of the file's name.
-
-    Returns:
-        confusion_matrix<suffix>.png or average_precision<suffix>.png there.
+        title: Title of the figure.
+        folder: Where to write.
+        suffix: End of the file name.
     """
-    multi_label = is_multi_label(predictions["label"])
-    path = folder / f"{'average_precision' if multi_label else 'confusion_matrix'}{suffix}.png"
-    (plot_average_precision if multi_label else plot_confusion)(predictions, labels, title, path)
+    name, plot = "confusion_matrix", plot_confusion
+    if is_multi_label(predictions["label"]):
+        name, plot = "average_precision", plot_average_precision
+    path = folder / f"{name}{suffix}.png"
+    save_figure(plot(predictions, labels, title), path)
     return path
 
 
-def plot_average_precision(predictions: DataFrame, labels: Sequence[str], title: str, path: Path) -> None:
+def plot_average_precision(predictions: DataFrame, labels: Sequence[str], title: str) -> Figure:
     """A bar for each class that has clips, the best on top."""
-    per_class = score(predictions, labels)["per_class"]
-    ranked = sorted(per_class, key=lambda label: per_class[label]["average_precision"])
-    figure = Figure(figsize=(8, 1.5 + 0.22 * len(ranked)), layout="constrained")
+    per_class = DataFrame(score(predictions, labels)["per_class"]).loc["average_precision"].sort_values(kind="stable")
+    figure = Figure(figsize=(8, 1.5 + 0.22 * len(per_class)), layout="constrained")
     axes = figure.add_subplot()
-    axes.barh(ranked, [per_class[label]["average_precision"] for label in ranked])
+    axes.barh(per_class.index, per_class)
     axes.set(title=title, xlabel="average precision", xlim=(0, 1))
     axes.margins(y=0.01)
     axes.grid(axis="x", alpha=0.3)
-    _save_figure(figure, path)
+    return figure
 
 
-def plot_confusion(predictions: DataFrame, labels: Sequence[str], title: str, path: Path) -> None:
+def plot_confusion(predictions: DataFrame, labels: Sequence[str], title: str) -> Figure:
     """Confusion matrix in clips, rows the true class, shaded by the share of the row."""
     size = 2.5 + 0.5 * len(labels)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
@@ -70,17 +68,11 @@ def plot_confusion(predictions: DataFrame, labels: Sequence[str], title: str, pa
             axes.text(column, row, str(count), ha="center", va="center", color=colour)
     axes.set_xticklabels(labels, rotation=45, ha="right")
     axes.set(title=title, xlabel="predicted", ylabel="true")
-    _save_figure(figure, path)
+    return figure
 
 
-def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
-    """Training and validation loss, the validation metric that chooses the checkpoint, and the learning rate, by epoch.
-
-    Args:
-        log_history: `trainer.state.log_history`.
-        metric: Name of the metric, without "eval_".
-        path: PNG file.
-    """
+def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str) -> Figure:
+    """The losses, the validation metric of this name (without "eval_"), and the learning rate, by epoch."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     losses, scores, rates = figure.subplots(1, 3)
     for axes, key, label in (
@@ -96,19 +88,13 @@ def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, pat
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
     losses.legend()
-    _save_figure(figure, path)
+    return figure
 
 
-def plot_dendrites(
-    log_history: Sequence[dict[str, Any]], dendrites: Mapping[str, Any], metric: str, path: Path
-) -> None:
-    """The validation metric with a line where dendrites grew, and how much of each layer's output they make.
+def plot_dendrites(log_history: Sequence[dict[str, Any]], metric: str, dendrites: Mapping[str, Any]) -> Figure:
+    """The validation metric with a line where dendrites grew, and the share of dendrites in the output of each layer.
 
-    Args:
-        log_history: `trainer.state.log_history`.
-        dendrites: The entry of metrics.json.
-        metric: Name of the metric, without "eval_".
-        path: PNG file.
+    `log_history` is that of the Trainer's state, and `dendrites` is an entry of metrics.json.
     """
     use = dendrites.get("use")
     figure = Figure(figsize=(12 if use else 7, 4.5), layout="constrained")
@@ -126,9 +112,10 @@ def plot_dendrites(
         bars.invert_yaxis()
         bars.set(xlim=(0, 1), xlabel="dendrites' share of the spread")
         bars.set_title(use_sentence(dendrites), loc="right", fontsize=10)
-    _save_figure(figure, path)
+    return figure
 
 
-def _save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG file whole."""
     with written_whole(path) as beside:
         figure.savefig(beside, dpi=150, format="png")

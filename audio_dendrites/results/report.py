@@ -1,7 +1,4 @@
-"""What a run leaves beside its model: metrics.json, predictions.parquet, plots, tables.
-
-Everything here is made from arrays and the Trainer's log; a run folder is enough to make it again.
-"""
+"""The files of a run beside its model: metrics.json, predictions.parquet and figures."""
 
 import contextlib
 import json
@@ -12,20 +9,24 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from pandas import DataFrame
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
 from audio_dendrites.data.clips import is_local
 from audio_dendrites.files import written_whole
 from audio_dendrites.recipes import Recipe
 from audio_dendrites.results.dendrites import use_sentence
-from audio_dendrites.results.plots import plot_classes, plot_dendrites, plot_learning_curves
+from audio_dendrites.results.plots import plot_classes, plot_dendrites, plot_learning_curves, save_figure
 from audio_dendrites.results.scores import NAMES, score
 from audio_dendrites.results.tables import classes_table, scores_table, skipped_list
+from audio_dendrites.training.process import without_tf32
 
 TOKEN_OPTION = r"--\w+[_-]token"
 PACKAGES = ("torch", "torchaudio", "transformers", "datasets", "accelerate", "evaluate")
@@ -40,28 +41,41 @@ def write_run(
     skipped: Mapping[str, Sequence[str]],
     use: Mapping[str, Any] | None,
 ) -> None:
-    """Write plots, predictions.parquet and, last, metrics.json: a folder that has it is complete.
+    """Write figures, predictions.parquet and, last, metrics.json. A folder that has metrics.json is complete.
 
     Args:
         folder: The run folder.
-        recipe: As resolved.
+        recipe: The resolved recipe.
         trainer: After the training.
         labels: Class names in the order of the logits.
         predictions: `predictions_table` of the splits validation and test.
         skipped: For each split that lacks clips, what was wrong with each of them.
-        use: What `measure_use` returned.
+        use: The result of `measure_use`.
     """
-    metrics = run_metrics(recipe, trainer, labels, predictions, skipped)
+    state, splits = trainer.state, {}
+    timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
+    for split, table in predictions.items():
+        splits[split] = score(table, labels, trainer.loss) | {"folds": recipe.data.folds[split]}
+    metrics = run_facts(recipe, trainer, labels) | splits | {
+        "best_step": state.best_global_step if recipe.training.load_best_model_at_end else None,
+        "averaged_steps": getattr(trainer, "averaged_steps", []),  # if empty, the weights are those of the best step
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "multiply_adds": multiply_adds(trainer),
+        # If the run was resumed, these cover the time since.
+        **{key: timing[key] for key in ("train_runtime", "train_steps_per_second", "train_samples_per_second")},
+        "skipped": dict(skipped),
+    }  # fmt: skip
     if use is not None:
         metrics["dendrites"]["use"] = use
-    # The picture may be published: of a local data set it shows the name, not where it lies.
+    # The figure may be published, so it shows only the name of a local data set.
     dataset = Path(recipe.data.dataset).name if "dataset" in metrics["local"] else recipe.data.dataset
     title = f"{dataset}, test fold {' '.join(recipe.data.folds['test'])}"
     plot_classes(predictions["test"], labels, title, folder)
-    log, metric = trainer.state.log_history, str(trainer.args.metric_for_best_model).removeprefix("eval_")
-    plot_learning_curves(log, metric, folder / "learning_curves.png")
+    log, metric = state.log_history, str(trainer.args.metric_for_best_model).removeprefix("eval_")
+    save_figure(plot_learning_curves(log, metric), folder / "learning_curves.png")
     if metrics["dendrites"] is not None:
-        plot_dendrites(log, metrics["dendrites"], metric, folder / "dendrites.png")
+        save_figure(plot_dendrites(log, metric, metrics["dendrites"]), folder / "dendrites.png")
     with written_whole(folder / "predictions.parquet") as path:
         predictions["test"].to_parquet(path, index=False)
     with written_whole(folder / "metrics.json") as path:
@@ -74,7 +88,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def print_summary(folder: Path) -> None:
-    """Show the scores of a finished run, how many clips were left out, and whether the dendrites are used."""
+    """Print the scores of a finished run, the clips that were left out, and whether the dendrites are used."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     print(f"\n{scores_table(metrics)}\n\n{classes_table(metrics['test'])}")
     if metrics["skipped"]:
@@ -84,34 +98,22 @@ def print_summary(folder: Path) -> None:
     print(f"\nRun folder: {folder}", flush=True)
 
 
-def run_metrics(
-    recipe: Recipe,
-    trainer: Trainer,
-    labels: Sequence[str],
-    predictions: dict[str, DataFrame],
-    skipped: Mapping[str, Sequence[str]],
-) -> dict[str, Any]:
-    """What metrics.json holds: scores of both splits, size and length of the training, and where it ran."""
-    state = trainer.state
-    timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
-    return {
-        **run_facts(recipe, trainer, labels),
-        **{
-            split: score(table, labels, trainer.loss) | {"folds": recipe.data.folds[split]}
-            for split, table in predictions.items()
-        },
-        "best_step": state.best_global_step if recipe.training.load_best_model_at_end else None,
-        "averaged_steps": getattr(trainer, "averaged_steps", []),  # else the best step's weights are the final ones
-        "steps": state.global_step,
-        "epochs": state.epoch,
-        # Of the last stretch, if the run was interrupted.
-        **{key: timing[key] for key in ("train_runtime", "train_steps_per_second", "train_samples_per_second")},
-        "skipped": dict(skipped),
-    }
+@torch.no_grad()
+@without_tf32()  # as all that follows the training
+def multiply_adds(trainer: Trainer) -> int:
+    """Multiply-adds of a forward pass over one window of a validation clip, dendrites included, as torch counts them.
+
+    An FFT counts as 0. Attention is computed without fused kernels, because torch does not count those of a CPU.
+    """
+    model, batch = trainer.model.eval(), trainer.data_collator([trainer.eval_dataset[0]])
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(**inputs)
+    return counter.get_total_flops() // 2
 
 
 def running_metrics(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
-    """What can be said of a training that is not over: its last evaluation, and how far it is."""
+    """The metrics of a training that is not over: its last evaluation and its progress."""
     state = trainer.state
     facts = run_facts(recipe, trainer, list(trainer.model.config.id2label.values()))
     found = facts | {"running": {"step": state.global_step, "max_steps": state.max_steps}}
@@ -123,17 +125,17 @@ def running_metrics(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
 
 
 def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[str, Any]:
-    """What is known of a run before it ends: where model and data come from, their size, and where it runs."""
+    """The facts of a run that are known before it ends: its model and data, their size, and where it runs."""
     sources = {
         "dataset": recipe.data.dataset,
         "base_model": recipe.model.model,
         "teacher": recipe.training.distill_from,
     }
-    parameters = list(trainer.model.parameters())
-    low_rank = sum(parameter.numel() for name, parameter in trainer.model.named_parameters() if "lora_" in name)
-    config = trainer.model.config
+    parameters, config = list(trainer.model.parameters()), trainer.model.config
+    plain = [parameter for name, parameter in trainer.model.named_parameters() if "lora_" not in name]
     weights = getattr(trainer, "class_weights", None)
-    grower = getattr(trainer, "pai_callback", None)  # counts what the model computes with, without scaffolding
+    grower = getattr(trainer, "pai_callback", None)
+    grower = grower if grower is not None and grower.active else None
     return {
         **sources,
         "architecture": getattr(config, "backbone", config).model_type,
@@ -142,11 +144,10 @@ def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[s
         "sampling_rate": trainer.processing_class.sampling_rate,
         "chosen_by": recipe.training.metric_for_best_model if recipe.training.load_best_model_at_end else None,
         "class_weights": None if weights is None else dict(zip(labels, weights.tolist(), strict=True)),
-        "parameters": grower.parameters(trainer.model)
-        if grower is not None and grower.active
-        else sum(parameter.numel() for parameter in parameters) - low_rank,  # which the finished model has merged
-        "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "dendrites": grower.summary(trainer.model) if grower is not None and grower.active else None,
+        # The tensors of perforatedai do not count, nor those of LoRA, which the finished model has merged.
+        "parameters": grower.parameters(trainer.model) if grower else sum(one.numel() for one in plain),
+        "trained_parameters": sum(one.numel() for one in parameters if one.requires_grad),
+        "dendrites": grower.summary(trainer.model) if grower else None,
         "precision": recipe.training.precision,
         "processes": recipe.training.world_size,
         "command": ["train.py", *_without_tokens(sys.argv[1:])],
@@ -155,7 +156,7 @@ def run_facts(recipe: Recipe, trainer: Trainer, labels: Sequence[str]) -> dict[s
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What the run computed with: device, versions and the commit of this code, but no name of the host or user."""
+    """The device, the versions and the commit of this code, without the names of the host and the user."""
     name_of = getattr(torch.get_device_module(device), "get_device_name", None)  # CPU and MPS have none
     hardware = name_of(device) if name_of else f"{device.type.upper()} ({platform.machine()})"
     found = {"hardware": hardware, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
@@ -164,17 +165,13 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def commit_of(root: Path) -> str | None:
-    """The commit of the code below a folder, or None if neither pip nor git knows it.
-
-    Args:
-        root: The folder that holds `audio_dendrites`: a clone, or site-packages after `pip install git+https://…`.
-    """
+    """The commit of the code in a clone, or in site-packages after `pip install git+https://…`; None if unknown."""
     with contextlib.suppress(PackageNotFoundError):
         installed = distribution("audio-dendrites")
         origin = json.loads(installed.read_text("direct_url.json") or "{}")
         if "vcs_info" in origin and Path(installed.locate_file("audio_dendrites")).resolve().parent == root:
             return origin["vcs_info"]["commit_id"]
-    # A repository around site-packages is another project's.
+    # A repository around site-packages belongs to another project.
     only_here = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}
     try:
         git = subprocess.run(
@@ -186,13 +183,13 @@ def commit_of(root: Path) -> str | None:
 
 
 def _without_tokens(words: Sequence[str]) -> list[str]:
-    """A command line where the values of options such as --hub_token are left out."""
-    hidden, before = [], ""
-    for word in words:
+    """A command line without the values of options such as --hub_token."""
+    hidden = []
+    for before, word in pairwise(["", *words]):
         option, equals, _ = word.partition("=")
         if re.fullmatch(TOKEN_OPTION, before) and not word.startswith("--"):
-            hidden.append("…")
-        else:
-            hidden.append(f"{option}=…" if equals and re.fullmatch(TOKEN_OPTION, option) else word)
-        before = word
+            word = "…"
+        elif equals and re.fullmatch(TOKEN_OPTION, option):
+            word = f"{option}=…"
+        hidden.append(word)
     return hidden

@@ -1,4 +1,4 @@
-"""Finished run folders, read: metrics.json and predictions.parquet, and whether several are of one test."""
+"""Read finished run folders, and check that several of them belong to the same test."""
 
 import json
 from collections.abc import Sequence
@@ -14,27 +14,27 @@ from audio_dendrites.errors import UserError
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
-    """metrics.json and predictions.parquet of one run.
+    """Read metrics.json and predictions.parquet of one run.
 
     Returns:
-        The metrics with `seed` (None for an ensemble) and `loss` (cross_entropy or bce), as config.yaml has them, and
-        the predictions. For multi-label clips `label` is a sorted tuple.
+        The metrics with `seed` (None for an ensemble) and `loss` (cross_entropy or bce) from config.yaml, and the
+        predictions. For multi-label clips `label` is a sorted tuple.
 
     Raises:
-        UserError: The folder is no finished run, or one of an older train.py.
+        UserError: The folder is not a finished run, or an older train.py wrote it.
     """
     for name in ("metrics.json", "predictions.parquet"):
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder} has no {name}: it is no run folder, or its run has not finished; the same train.py command "
-                "goes on with it"
+                f"{folder} has no {name}: it is not a run folder, or its run has not finished. The same train.py "
+                "command continues the run"
             )
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     predictions = pandas.read_parquet(folder / "predictions.parquet")
     if "group" not in predictions:
         raise UserError(
-            f"{folder}/predictions.parquet has no column 'group' (source recording), it has "
-            f"{', '.join(predictions.columns)}: an older train.py wrote it; train again"
+            f"{folder}/predictions.parquet must have a column 'group' (source recording), got "
+            f"{', '.join(predictions.columns)}. An older train.py wrote it: train again"
         )
     if is_multi_label(predictions["label"]):
         predictions["label"] = predictions["label"].map(lambda names: tuple(sorted(names)))
@@ -49,11 +49,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
 def check_same_task(
     folders: Sequence[Path], metrics: Sequence[dict[str, Any]], fields: Sequence[str] = ("dataset", "labels")
 ) -> None:
-    """Whether runs are of one data set and have the same classes in the same order, or agree in other fields.
-
-    Raises:
-        UserError: They are not.
-    """
+    """Raise a UserError if runs differ in their data set, in their classes and their order, or in other fields."""
     for folder, other in zip(folders[1:], metrics[1:], strict=True):
         for field in fields:
             if other[field] != metrics[0][field]:
@@ -64,15 +60,7 @@ def check_same_task(
 
 
 def check_same_clips(first: DataFrame, other: DataFrame, first_name: str, other_name: str) -> None:
-    """Whether two tests are of the same clips, with the same labels and source recordings.
-
-    Args:
-        first, other: By clip, in any order, with the columns `label` and `group`.
-        first_name, other_name: What errors call them.
-
-    Raises:
-        UserError: They are not.
-    """
+    """Raise a UserError if two tests differ in their clips, indexed in any order, or in their `label` or `group`."""
     refuse(first.loc[first.index.difference(other.index)], f"{other_name} did not test")
     refuse(other.loc[other.index.difference(first.index)], f"{first_name} did not test")
     other = other.loc[first.index]
@@ -81,11 +69,7 @@ def check_same_clips(first: DataFrame, other: DataFrame, first_name: str, other_
 
 
 def refuse(clips: DataFrame | Series, fault: str) -> None:
-    """Raise an error that names the clips, if there are any.
-
-    Raises:
-        UserError: There are.
-    """
+    """Raise a UserError that names the clips, if there are any."""
     if len(clips):
         names = ", ".join(map(str, clips.index[:3]))
         raise UserError(f"{fault} {len(clips)} clips ({names}{', …' if len(clips) > 3 else ''})")

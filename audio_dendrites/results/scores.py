@@ -1,68 +1,62 @@
-"""Scores of a run's predictions."""
+"""Scores of the predictions of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pandas import DataFrame
-from sklearn.metrics import f1_score
-from transformers.trainer_utils import PredictionOutput
+from sklearn.metrics import precision_recall_fscore_support
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 from audio_dendrites.data.splits import encode_labels, is_multi_label
 from audio_dendrites.recipes import SCORES
-from audio_dendrites.results.metrics import PerClassAccuracy, average_precisions, evaluate_scores
+from audio_dendrites.results.metrics import average_precisions, compute_metrics
 
-NAMES = (*SCORES, "AUC", "d_prime")  # of all scores of a split, in the order of the tables
+NAMES = (*SCORES, "AUC", "d_prime")  # all scores of a split, in the order of the tables
 
 
 def score(predictions: DataFrame, labels: Sequence[str], loss: str = "cross_entropy") -> dict[str, Any]:
     """Accuracy, macro F1, mAP, and accuracy, F1 and clips of each class.
 
-    For multi-label clips: mAP, AUC, d', and average precision and positives of each class that has any.
+    For multi-label clips: mAP, AUC, d', and average precision and positives of each class. Classes without clips are
+    left out.
 
     Args:
-        predictions: As `predictions_table` makes it.
+        predictions: As `predictions_table` returns it.
         labels: Class names in the order of the logits.
-        loss: Of the training, cross_entropy or bce; that of multi-label clips is always bce.
+        loss: See `compute_metrics`.
     """
     logits = np.stack(predictions["logits"])
     references = encode_labels(predictions["label"], labels)
-    scores = evaluate_scores(logits, references, loss) | {"clips": len(predictions)}
     if references.ndim == 2:
-        per_class = {
-            label: {"average_precision": float(precision), "positives": int(positives)}
-            for label, precision, positives in zip(
-                labels, average_precisions(logits, references), references.sum(0), strict=True
-            )
-            if positives
-        }
-        return scores | {"per_class": per_class}
-    recalls = PerClassAccuracy().compute(predictions=logits, references=references)["per_class_accuracy"]
-    f1 = f1_score(references, logits.argmax(1), labels=range(len(labels)), average=None, zero_division=0)
-    counts = np.bincount(references, minlength=len(labels))
-    per_class = {
-        labels[i]: {"accuracy": recalls[i], "f1": float(f1[i]), "clips": int(counts[i])} for i in sorted(recalls)
-    }
-    return scores | {"per_class": per_class}
+        columns = {"average_precision": average_precisions(logits, references), "positives": references.sum(0)}
+    else:
+        _, recalls, f1, counts = precision_recall_fscore_support(
+            references, logits.argmax(1), labels=range(len(labels)), zero_division=0
+        )
+        columns = {"accuracy": recalls, "f1": f1, "clips": counts}
+    classes = DataFrame(columns, index=labels)
+    classes = classes[classes.iloc[:, -1] > 0].astype({list(columns)[-1]: int})
+    scores = compute_metrics(EvalPrediction(logits, references), loss)
+    return scores | {"clips": len(predictions), "per_class": classes.to_dict("index")}
 
 
 def predictions_table(index: DataFrame, output: PredictionOutput, labels: Sequence[str]) -> DataFrame:
-    """One row a clip: `clip`, `fold`, `group`, `label`, `predicted` (class names) and `logits`, a list of float32.
+    """One row for each clip: `clip`, `fold`, `group`, `label`, `predicted` (class names) and `logits` (float32).
 
     For multi-label clips `label` is a list, and `predicted` lists the classes whose sigmoid is above 0.5.
 
     Args:
         index: Rows with `clip`, `fold`, `group` (source recording) and `label`, in the order of the predictions.
-        output: What `Trainer.predict` gives.
+        output: Return value of `Trainer.predict`.
         labels: Class names in the order of the logits.
     """
-    logits = output.predictions.astype(np.float32)
     table = index[["clip", "fold", "group", "label"]].reset_index(drop=True)
-    return with_predictions(table, logits, labels)
+    return with_predictions(table, output.predictions.astype(np.float32), labels)
 
 
 def with_predictions(table: DataFrame, logits: np.ndarray, labels: Sequence[str]) -> DataFrame:
-    """Clips with `logits`, and with what these say as `predicted`; see `predictions_table`."""
+    """Add the columns `predicted` and `logits`; see `predictions_table`."""
     if is_multi_label(table["label"]):
         predicted = [[labels[i] for i in np.flatnonzero(row > 0)] for row in logits]
     else:

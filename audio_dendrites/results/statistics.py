@@ -1,7 +1,7 @@
 """Whether two sides of runs differ, if both the test recordings and the seeds of the runs are drawn at random.
 
-How scores scatter with other recordings is seen by leaving out one recording at a time (jackknife, Tukey 1958). How
-they scatter with other seeds is measured on the runs themselves.
+Leaving out one recording at a time shows how scores scatter with other recordings (jackknife, Tukey 1958). The runs
+themselves show how scores scatter with other seeds.
 """
 
 import math
@@ -14,26 +14,21 @@ from scipy.stats import binomtest, t
 
 LEVEL = 0.95  # of an interval
 SMALLEST = 1e-100  # p
+Score = tuple[float, np.ndarray]  # of a run, and the effect of each recording on it
 
 
 @dataclass
 class Runs:
-    """Runs of one side, tested on the same recordings as those of the other.
+    """The runs of one side. The runs of the other side are tested on the same recordings."""
 
-    Attributes:
-        scores: (runs,).
-        effects: (recordings, runs), how much the score is higher with the recording than without it.
-        folds: (runs,) test fold.
-        seeds: (runs,) seed, None where it is not known.
-    """
-
-    scores: np.ndarray
-    effects: np.ndarray
-    folds: Sequence[str]
-    seeds: Sequence[int | None]
+    scores: np.ndarray  # (runs,)
+    effects: np.ndarray  # (recordings, runs), how much higher the score is with the recording than without it
+    folds: Sequence[str]  # (runs,), test folds
+    seeds: Sequence[int | None]  # (runs,), None if not known
 
     @property
     def keys(self) -> list[tuple[str, int | None]]:
+        """Fold and seed of each run."""
         return list(zip(self.folds, self.seeds, strict=True))
 
 
@@ -43,10 +38,8 @@ class Difference:
 
     Attributes:
         value: The difference, from -1 to 1.
-        parts: Variances of `value`, each with its degrees of freedom: from runs, if that was measured, and from
-            recordings.
-        effect_size: The difference in standard deviations of runs (Hedges' g). None where a single run a side does not
-            show how runs scatter, so that the difference is one of two models and not of what made them.
+        parts: Variances of `value` with degrees of freedom: from runs, if they show how they scatter, and recordings.
+        effect_size: The difference in standard deviations of runs (Hedges' g), None if the runs do not show these.
     """
 
     value: float
@@ -55,7 +48,7 @@ class Difference:
 
     @property
     def over_runs(self) -> bool:
-        """Whether the variance holds the scatter of runs."""
+        """Whether the variance includes the scatter of runs."""
         return len(self.parts) > 1
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
@@ -75,20 +68,20 @@ class Difference:
     def _half_width(self, error: float) -> float:
         """Root of the summed squares of the half-widths that the parts have alone (Howe 1974).
 
-        Satterthwaite's degrees of freedom for the sum would give 8 % false alarms at 5 % with three runs a side.
+        Satterthwaite's degrees of freedom for the sum would give 8 % false alarms at 5 % with three runs on each side.
         """
         return math.sqrt(sum(variance * t.isf(error / 2, freedom) ** 2 for variance, freedom in self.parts))
 
 
 def difference(reference: Runs, other: Runs) -> Difference:
-    """The difference of two sides, where runs and recordings are both drawn at random.
+    """The difference of two sides, if runs and recordings are both drawn at random.
 
-    Obuchowski and Rockette (1995) have this for readers and cases: the scatter of the runs holds a part that comes from
-    the recordings, and to it is added what the recordings move in all runs alike. Runs take Student's t, because two to
-    five of them that are resampled scatter too little.
+    Obuchowski and Rockette (1995) do this for readers and cases. The scatter of the runs includes a part that comes
+    from the recordings. Added to it is what the recordings change in all runs alike. Runs take Student's t, because a
+    bootstrap of two to five runs scatters too little.
 
-    Runs are paired where both sides have the same folds and seeds, each once. Otherwise the scatter is that of the runs
-    of one side and fold (Welch 1947) or, where a side has one run a fold, that of the differences between folds.
+    Runs are paired if both sides have the same folds and seeds, each once. Otherwise the scatter is that of the runs of
+    one side and fold (Welch 1947) or, if a side has one run for each fold, that of the differences between folds.
     """
     counts = len(reference.scores), len(other.scores)
     weights = np.repeat([-1 / counts[0], 1 / counts[1]], counts)
@@ -116,11 +109,11 @@ def difference(reference: Runs, other: Runs) -> Difference:
 
 
 def _scatters(reference: Runs, other: Runs) -> list[tuple[np.ndarray, int, int]]:
-    """What shows how runs scatter; empty where nothing does.
+    """How runs scatter, for `difference`; empty if the runs do not show it.
 
     Returns:
-        Matrices that take the scores of all runs to deviations, with degrees of freedom and number of deviations. Their
-        squares, summed and divided by both numbers, are a part of the variance of the difference.
+        Matrices that turn the scores of all runs into deviations, each with its degrees of freedom and number of
+        deviations. The sum of squared deviations, divided by both, is a part of the variance of the difference.
     """
     folds = [np.asarray(side.folds) for side in (reference, other)]
     if sorted(map(str, reference.keys)) == sorted(map(str, other.keys)) and len(set(other.keys)) == len(other.keys):
@@ -148,8 +141,8 @@ def holm(p: Sequence[float]) -> list[tuple[float, float]]:
     """Holm's correction (1979) for several tests.
 
     Returns:
-        For each test the corrected p, and the level of its interval: it excludes 0 exactly if the corrected p is below
-        5 %.
+        For each test the corrected p, and the level of its interval. The interval excludes 0 exactly if the corrected p
+        is below 5 %.
     """
     order = np.argsort(p)
     corrected = np.empty(len(p))
@@ -158,77 +151,66 @@ def holm(p: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def error_reduction(reference: float, other: float) -> float | None:
-    """Share of the reference's errors that the other does not make, in %; None where the reference makes none.
-
-    Args:
-        reference: Accuracy, 0 to 1.
-        other: Accuracy, 0 to 1.
-    """
+    """How much smaller the error rate of the other is, in %, from accuracies; None if the reference makes no error."""
     return None if reference == 1 else 100 * (other - reference) / (1 - reference)
 
 
 def mcnemar_exact(reference: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
-    """McNemar's test (1947) in its exact form: of the clips on which two models differ, half should go either way.
+    """McNemar's exact test (1947): if two models are equal, each wins half of the clips on which they differ.
 
     Args:
-        reference: (clips,) right or wrong.
-        other: (clips,) the same of the other model, clip by clip.
+        reference, other: (clips,), whether the model is right.
 
     Returns:
-        Clips that the reference alone has right, clips that the other alone has right, and the two-sided p.
+        Number of clips that only the reference has right, number that only the other has right, and the two-sided p.
     """
     lost, won = int((reference & ~other).sum()), int((other & ~reference).sum())
     return lost, won, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
-def accuracy(
-    scores: np.ndarray, references: np.ndarray, recordings: np.ndarray, count: int
-) -> tuple[float, np.ndarray]:
+def accuracy(scores: np.ndarray, references: np.ndarray, recordings: np.ndarray, count: int) -> Score:
     """Accuracy of a run, and the effects of the recordings.
 
     Args:
         scores: (clips, classes), higher where a class is likelier.
         references: (clips, classes), 0 or 1.
         recordings: (clips,) number of the recording.
-        count: How many recordings there are.
+        count: Number of recordings.
 
     Returns:
-        The score, and (count,) how much it is higher with each recording than without it.
+        The score, and (count,) how much higher it is with each recording than without it.
     """
-    right = references[np.arange(len(scores)), scores.argmax(axis=1)]
-    without = (right.sum() - np.bincount(recordings, right, count)) / (
-        len(right) - np.bincount(recordings, None, count)
-    )
-    return float(right.mean()), right.mean() - without
+    right = np.take_along_axis(references, scores.argmax(axis=1)[:, None], axis=1)
+    return _ratio(*(_by_recording(values, recordings, count) for values in (right, np.ones_like(right))))
 
 
-def macro_f1(
-    scores: np.ndarray, references: np.ndarray, recordings: np.ndarray, count: int
-) -> tuple[float, np.ndarray]:
+def macro_f1(scores: np.ndarray, references: np.ndarray, recordings: np.ndarray, count: int) -> Score:
     """F1, averaged over the classes that occur in labels or predictions; see `accuracy`."""
     predicted = np.eye(references.shape[1])[scores.argmax(axis=1)]
-    hits, sizes = predicted * references, predicted + references
-    f1 = _mean_ratio(2 * hits.sum(axis=0), sizes.sum(axis=0))
-    hits_without, sizes_without = (
-        values.sum(axis=0) - np.stack([np.bincount(recordings, column, count) for column in values.T], axis=1)
-        for values in (hits, sizes)
-    )
-    return float(f1), f1 - _mean_ratio(2 * hits_without, sizes_without)
+    values = 2 * predicted * references, predicted + references
+    return _ratio(*(_by_recording(one, recordings, count) for one in values))
 
 
-def mean_average_precision(
-    scores: np.ndarray, references: np.ndarray, recordings: np.ndarray, count: int
-) -> tuple[float, np.ndarray]:
+def mean_average_precision(scores: np.ndarray, references: np.ndarray, recordings: np.ndarray, count: int) -> Score:
     """mAP, averaged over the classes that occur; see `accuracy`. The effects are of first order."""
-    values, without, left = [], [], []
-    for label in np.flatnonzero(references.any(axis=0)):
-        positive = references[:, label] > 0
-        value, influence = _average_precision(scores[:, label], positive)
-        # As in a mean, leaving out a share of the clips of a class moves the rest by one over what is left of them.
-        left.append(positive.sum() - np.bincount(recordings, positive, count))
-        values.append(value)
-        without.append(value * left[-1] - np.bincount(recordings, influence, count) * positive.sum())
-    return float(np.mean(values)), np.mean(values) - _mean_ratio(np.stack(without, axis=1), np.stack(left, axis=1))
+    labels = np.flatnonzero(references.any(axis=0))
+    positive = references[:, labels] > 0
+    values, influences = zip(*map(_average_precision, scores[:, labels].T, positive.T), strict=True)
+    # As in a mean, leaving out a share of the clips of a class moves the rest by one over what is left of them.
+    left = positive.sum(axis=0) - _by_recording(positive, recordings, count)
+    moved = _by_recording(np.stack(influences, axis=1), recordings, count) * positive.sum(axis=0)
+    return float(np.mean(values)), np.mean(values) - _mean_ratio(values * left - moved, left)
+
+
+def _by_recording(values: np.ndarray, recordings: np.ndarray, count: int) -> np.ndarray:
+    """Sums of (clips, columns) over the clips of each recording, (count, columns)."""
+    return np.stack([np.bincount(recordings, column, count) for column in values.T], axis=1)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> Score:
+    """Mean ratio of the sums over (recordings, columns), and the effects of the recordings on it."""
+    value = _mean_ratio(above.sum(axis=0), below.sum(axis=0))
+    return float(value), value - _mean_ratio(above.sum(axis=0) - above, below.sum(axis=0) - below)
 
 
 def _mean_ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -7,39 +7,33 @@ from audio_dendrites.results.scores import score_names
 
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows, the first one the header, as an aligned Markdown table; numbers to the right with four digits."""
+    """An aligned Markdown table of rows, the first of which is the header. Floats have four digits."""
     cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [not isinstance(cell, str) for cell in rows[-1]]
     rule = ["-" * (width - is_right) + ":" * is_right for width, is_right in zip(widths, right, strict=True)]
-    lines = [
-        [
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(row, widths, right, strict=True)
-        ]
-        for row in cells
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+    cells.insert(1, rule)
+    sides = [str.rjust if is_right else str.ljust for is_right in right]
+    lines = [[side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)] for row in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def scores_table(metrics: Mapping[str, Any]) -> str | None:
-    """The scores of the splits that there are, as a Markdown table."""
+    """The scores of the splits that were scored, as a Markdown table; None if there are none."""
     splits = [split for split in ("validation", "test") if metrics.get(split)]
     if not splits:
         return None
     names = score_names(metrics[splits[0]])
-    rows = [["split", "folds", "clips", *names]]
-    for split in splits:
-        scores = metrics[split]
-        rows.append([split, " ".join(scores["folds"]), scores["clips"], *(scores[name] for name in names)])
-    return markdown_table(rows)
+    found = [(split, metrics[split]) for split in splits]
+    rows = [[split, " ".join(one["folds"]), one["clips"], *(one[name] for name in names)] for split, one in found]
+    return markdown_table([["split", "folds", "clips", *names], *rows])
 
 
 def skipped_list(skipped: Mapping[str, Sequence[str]]) -> str:
-    """How many clips were left out, by split, and the first three reasons of each, as Markdown.
+    """The number of clips that were left out of each split, and its first three reasons, as Markdown.
 
     Args:
-        skipped: Of each split that lacks clips, what was wrong with each of them; at least one split.
+        skipped: For each split that lacks clips, what was wrong with each of them. At least one split.
     """
     counts = ", ".join(f"{len(reasons)} {split}" for split, reasons in skipped.items())
     lines = [f"Clips that could not be used and were left out: {counts}.", ""]
@@ -58,25 +52,25 @@ def classes_table(test: Mapping[str, Any]) -> str:
 
 def sides_table(comparison: Mapping[str, Any]) -> str:
     """Scores, steps and size of the sides in comparison.json, as a Markdown table."""
-    reference, scores = comparison["sides"][0], comparison["scores"]
-    sizes = {"parameters": ",.0f", "seconds_a_step": ".4f"}
-    known = [name for name in sizes if all(side[name] for side in comparison["sides"])]
+    sides, scores = comparison["sides"], comparison["scores"]
+    sizes = {"parameters": ",.0f", "multiply_adds": ",.0f", "seconds_a_step": ".4f"}
+    known = [name for name in sizes if all(side.get(name) for side in sides)]
     rows = [["side", "runs", *scores, "steps", *(name.replace("_", " ") for name in known)]]
-    for side in comparison["sides"]:
+    for side in sides:
         row = [side["name"], str(len(side["runs"]))]
         for name in scores:
             mean, deviation = side[name]["mean"], side[name]["deviation"]
             row.append(f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}")
         row.append(span(side["steps"]))
         for name in known:
-            ratio = "" if side is reference else f" (× {side[name] / reference[name]:.3f})"
+            ratio = "" if side is sides[0] else f" (× {side[name] / sides[0][name]:.3f})"
             row.append(f"{side[name]:{sizes[name]}}{ratio}")
         rows.append(row)
     return markdown_table(rows)
 
 
 def differences_table(comparison: Mapping[str, Any]) -> str:
-    """Differences of the sides in comparison.json from the first one, as a Markdown table without empty columns."""
+    """Differences of the sides in comparison.json from the first side, as a Markdown table without empty columns."""
     reference, *others = comparison["sides"]
     rows = [[f"against {reference['name']}", "score", "points", "interval", "p", "effect size", "error reduction"]]
     for other in others:

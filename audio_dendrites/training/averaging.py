@@ -1,4 +1,4 @@
-"""Averages of a training's weights: over its last checkpoints, or over all its steps (EMA)."""
+"""Average weights over the last checkpoints of a training, or over all of its steps (EMA)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,20 +13,21 @@ from transformers import TrainerCallback
 
 from audio_dendrites.errors import UserError
 
-EMA_FILE = "ema.safetensors"  # in a checkpoint: the moving average, beside the weights that are trained
+EMA_FILE = "ema.safetensors"  # the moving average in a checkpoint, beside the trained weights
 
 
 def average_weights(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """The mean of the weights of checkpoints, as the AST authors take it over the last epochs.
+    """The mean weights of checkpoints, as AST's authors average the last epochs.
 
     Args:
-        folders: Checkpoints of one structure, oldest first; at least one.
+        folders: At least one checkpoint, oldest first. All have the same structure.
 
     Returns:
-        Tensors by live name, of their own dtype; summed in float64. What is not floating point is the last one's.
+        Tensors by live name with their own dtype. Sums are in float64. Tensors that are not floating point are those
+        of the last checkpoint.
 
     Raises:
-        UserError: The checkpoints have not the same tensors.
+        UserError: The checkpoints do not have the same tensors.
     """
     *others, last = folders
     mean = load_file(last / "model.safetensors")
@@ -38,7 +39,7 @@ def average_weights(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if different := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
             raise UserError(
-                f"average_checkpoints: {folder} and {last} are models of different structure: they differ in "
+                f"average_checkpoints: {folder} and {last} must have the same tensors, got differences in "
                 f"{', '.join(different[:3])} ({len(different)} tensors)"
             )
         for name in averaged:
@@ -47,24 +48,24 @@ def average_weights(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
 
 
 class MovingAverage(TrainerCallback):
-    """An exponential moving average of the weights after each optimizer step (EMA), by torch.optim.swa_utils.
+    """An exponential moving average of the weights over the optimizer steps (EMA), by torch.optim.swa_utils.
 
-    It starts with the weights after the first step: mean = decay · mean + (1 - decay) · weights, and the same of the
-    buffers, such as the statistics of a batch normalisation, which have to fit the weights. The training itself is what
-    it would be without; the model gets the average when the training ends.
+    It starts with the weights after the first step: mean = decay · mean + (1 - decay) · weights. Buffers, such as the
+    statistics of a batch normalisation, are averaged in the same way. The average does not change the training. The
+    model gets it when the training ends.
 
     Args:
-        decay: Between 0 and 1; the average looks back over about 1 / (1 - decay) steps.
+        decay: Between 0 and 1. The average covers about 1 / (1 - decay) steps.
     """
 
     def __init__(self, decay: float):
         self.decay = decay
-        self.average: AveragedModel | None = None  # while it trains
-        self.resumed: Path | None = None  # the checkpoint whose average is gone on from
+        self.average: AveragedModel | None = None  # during a training
+        self.resumed: Path | None = None  # the checkpoint whose average continues
 
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
-        """While the training goes on: the model with the average for its weights, which come back in the end."""
+        """Give the model the average for a `with` block during the training, and then its own weights again."""
         if self.average is None:
             yield
             return
@@ -80,14 +81,14 @@ class MovingAverage(TrainerCallback):
         save_model(self.average, Path(folder, EMA_FILE))
 
     def load(self, folder: str | Path) -> None:
-        """Go on from the average of a checkpoint.
+        """Continue from the average of a checkpoint.
 
         Raises:
-            UserError: It has none.
+            UserError: The checkpoint has no average.
         """
         path = Path(folder, EMA_FILE)
         if not path.exists():
-            raise UserError(f"ema_decay: {folder} has no {EMA_FILE}: it was written by a training without ema_decay")
+            raise UserError(f"ema_decay: {folder} must have {EMA_FILE}, but it is from a training without ema_decay")
         load_model(self.average, path)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

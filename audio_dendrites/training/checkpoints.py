@@ -1,4 +1,4 @@
-"""Checkpoints of a run folder: which one resumes a training, and whether the folder is this run's."""
+"""Find the checkpoint that resumes a training, and check the run folder and its disk."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint does not hold just the tensors of the model."""
+    """The tensors of a checkpoint are not those of the model."""
 
 
 def check_run_folder(recipe: Recipe) -> None:
@@ -65,10 +65,10 @@ def check_run_folder(recipe: Recipe) -> None:
 
 
 def check_disk(runs: Sequence[tuple[TrainingArguments, nn.Module]]) -> None:
-    """Find out whether the disk holds what is still to be written.
+    """Check that the disk has room for the checkpoints that are still to be written.
 
     Args:
-        runs: The arguments and the model of each run, all with run folders on one disk.
+        runs: The arguments and the model of each run. All run folders are on one disk.
 
     Raises:
         UserError: The disk is too full.
@@ -85,13 +85,13 @@ def check_disk(runs: Sequence[tuple[TrainingArguments, nn.Module]]) -> None:
     if (free := shutil.disk_usage(folder).free) < needed + largest:
         raise UserError(
             f"output_dir: the disk of {folder} has {free / 1e9:.2f} GB left, and the checkpoints need about "
-            f"{(needed + largest) / 1e9:.2f} GB (runs to train: {len(runs)}); free some, choose another --output_dir, "
+            f"{(needed + largest) / 1e9:.2f} GB (runs to train: {len(runs)}); free space, choose another --output_dir, "
             f"or keep fewer checkpoints with --save_total_limit 1"
         )
 
 
 def _bytes_in(folder: str) -> int:
-    """The size of all files of a folder, in which another command may be writing."""
+    """The size of all files of a folder. Another command may be writing to it."""
     found = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -101,7 +101,7 @@ def _bytes_in(folder: str) -> int:
 
 
 def check_resumption(args: TrainingArguments) -> None:
-    """Find out whether the checkpoint that the recipe names exists and is complete; one of the Hub is downloaded.
+    """Check that the checkpoint that the recipe names exists and is complete. Download it if it is on the Hub.
 
     Raises:
         UserError: It does not exist or is not complete.
@@ -116,12 +116,12 @@ def check_resumption(args: TrainingArguments) -> None:
 
 
 def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
-    """The checkpoint to resume from: the one that the recipe names, else the newest complete one of its run folder.
+    """The checkpoint to resume from: the one that the recipe names, or the newest complete one of the run folder.
 
     A checkpoint on the Hub is downloaded into the run folder.
 
     Raises:
-        UserError: The named checkpoint is of other classes, or as in `check_resumption`.
+        UserError: The named checkpoint has other classes, does not exist, or is not complete.
     """
     if (name := args.resume_from_checkpoint) is None:
         folder = last_checkpoint(Path(args.output_dir))
@@ -167,25 +167,25 @@ def _changes(recipe: Recipe, saved: Path) -> list[str]:
     """How the recipe differs from the saved one in the fields that change a result."""
     if not saved.exists():
         return [f"its recipe is unknown, because {saved} is missing"]
-    defaults = parse_recipe([]).to_dict()  # for fields that one of them lacks, perhaps because it is older
+    defaults = parse_recipe([]).to_dict()  # for fields that one of them lacks, such as a recipe of an older version
     then, now = defaults | yaml.safe_load(saved.read_text(encoding="utf-8")), defaults | recipe.to_dict()
-    if now.get("match_parameters") is not None:  # config.yaml has the size that was found
+    if now.get("match_parameters") is not None:  # the saved recipe has the size that was found
         for fields in (then, now):
             settings = fields.get("model_config") or {}
             fields["model_config"] = {name: value for name, value in settings.items() if name not in SIZES}
     return [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted((then.keys() | now.keys()) - CHANGE_NO_RESULT)
-        # config.yaml has the number that `auto` stood for.
+        # The saved recipe has a number where the recipe has `auto`.
         if then.get(key) != now.get(key) and (now.get(key), type(then.get(key))) != ("auto", float)
     ]
 
 
 def _fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None. The Trainer writes `trainer_state.json` last.
+    """Why a training cannot resume from a checkpoint, or None. The Trainer writes `trainer_state.json` last.
 
     The optimizer, the schedule and the random states are pickles. `torch.load` reads them as the Trainer does, with
-    `weights_only`: an object that is neither a tensor nor a plain value is never built, and the checkpoint is refused.
+    `weights_only`. It refuses a checkpoint with objects that are neither tensors nor plain values.
     """
     if not folder.is_dir():
         return "there is no such folder"
@@ -199,7 +199,7 @@ def _fault(folder: Path) -> str | None:
     for path in (folder / "optimizer.pt", folder / "scheduler.pt", *random_states):
         try:
             with safe_globals():
-                torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # which leaves tensors on the disk
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # leaves the tensors on the disk
         except pickle.UnpicklingError:
             return f"{path.name} holds objects that are neither tensors nor plain values, and such objects can run code"
         except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""What a run trains on and is scored on: its clips, their features, and how they are divided."""
+"""Load the data of runs: the clips, their features and their splits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,16 +29,16 @@ from audio_dendrites.training.process import one_process_first
 
 @dataclass(frozen=True)
 class RunData:
-    """The clips of a run.
+    """The data of a run.
 
     Attributes:
-        recipe: The run's.
-        extractor: What computed the features.
+        recipe: The recipe of the run.
+        extractor: The feature extractor that computed the features.
         sound: All clips of the data set, not decoded.
-        index: Row by row the same clips, as `load_clips` describes them.
-        features: Row by row the same clips, as `extract_features` stores them.
-        splits: The rows of `train`, `validation` and `test`, without the clips that cannot be read.
-        skipped: For each split that lacks clips, what is wrong with each of them.
+        index: The index of these clips that `load_clips` returns, in the same order.
+        features: The features of these clips that `extract_features` returns, in the same order.
+        splits: Row numbers of `train`, `validation` and `test`, without the clips that cannot be read.
+        skipped: The errors of the clips that cannot be read, by split.
         labels: Class names in the order of the logits.
         loss: cross_entropy or bce.
     """
@@ -55,18 +55,18 @@ class RunData:
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        """Fields of the model's configuration that tell `pipeline` how to score clips."""
+        """Fields of the model's configuration that `pipeline` and predict.py need to score clips."""
         args = self.recipe.training
         settings = {"window_overlap": args.window_overlap, "window_aggregation": args.window_aggregation}
         settings |= {"channel": self.recipe.data.channel} | self.extractor.model_settings  # for predict.py
         return settings | ({"problem_type": "multi_label_classification"} if self.loss == "bce" else {})
 
     def targets(self, split: str) -> np.ndarray:
-        """Class numbers (clips,) of a split, or 0 and 1, (clips, classes), if clips have lists of labels."""
+        """Class numbers (clips,) of a split. If clips have lists of labels: 0 and 1, (clips, classes)."""
         return encode_labels(self.index["label"].iloc[self.splits[split]], self.labels)
 
     def clips(self, split: str) -> ClipFeatures:
-        """The clips of a split at their own length, with float16 features from the cache."""
+        """The clips of a split at their own length, with cached features in float16."""
         features = self.features.select(self.splits[split])
         return ClipFeatures(features, self.targets(split), self.extractor.row_width)
 
@@ -75,7 +75,7 @@ class RunData:
 
         Args:
             split: train, validation or test.
-            exact: Compute the features anew in float32, as `pipeline` will see them.
+            exact: Compute the features again in float32, as `pipeline` does.
         """
         rows, args = self.splits[split], self.recipe.training
         column, channel = self.recipe.data.audio_column, self.recipe.data.channel
@@ -88,16 +88,16 @@ class RunData:
 
 
 def load_data(recipes: Sequence[Recipe]) -> dict[str, RunData]:
-    """Load the clips of runs of one data set.
+    """Load the data of runs on one data set.
 
     Args:
-        recipes: They differ at most in their folds, features, models, dendrites and trainings.
+        recipes: Recipes that may differ in their folds, features, models, dendrites and trainings only.
 
     Returns:
         The data of each run by its `output_dir`.
 
     Raises:
-        UserError: The data set cannot be loaded, or does not have what one of the runs asks of it.
+        UserError: The data set cannot be loaded, or does not fit one of the recipes.
     """
     if not recipes:
         return {}
@@ -114,13 +114,13 @@ def load_data(recipes: Sequence[Recipe]) -> dict[str, RunData]:
 
 
 def _with_features(recipes: Sequence[Recipe], sound: datasets.Dataset, index: DataFrame) -> dict[str, RunData]:
-    """The data of runs with one feature extractor and one model, by their `output_dir`."""
+    """The data of runs with one feature extractor and one model, by `output_dir`."""
     data, args = recipes[0].data, recipes[0].training
     extractor = load_extractor(recipes[0].model, recipes[0].features)
     multi_label = is_multi_label(index["label"])
     divided = []
     for recipe in recipes:
-        splits = split_by_fold(index, recipe.data)
+        splits = split_by_fold(index, recipe.data, recipe.training.load_best_model_at_end)
         check_metrics(recipe, multi_label)
         divided.append((splits, class_names(index, splits, recipe.data), resolve_loss(recipe.training, multi_label)))
     workers, extractors, features = data.preprocessing_num_workers or cpu_count(), [extractor] * len(recipes), {}

@@ -1,4 +1,4 @@
-"""The end of a run: score the test fold once and write the run folder."""
+"""Finish a run: score the test fold once and write the run folder."""
 
 import os
 from pathlib import Path
@@ -18,11 +18,11 @@ from audio_dendrites.training.trainer import AudioTrainer
 def finish(trainer: AudioTrainer, data: RunData, card_template: Path) -> None:
     """Score the validation and test clips, and write the model, the figures and the card into the run folder.
 
-    The scores are those of `pipeline`: of features and weights in float32. The first process writes.
+    Features and weights are in float32, as in `pipeline`. Only the first process writes.
 
     Args:
-        trainer: After the training.
-        data: The run's.
+        trainer: The trainer after the training.
+        data: The data of the run.
         card_template: Jinja template of the model card.
     """
     recipe, folder = data.recipe, Path(trainer.args.output_dir)

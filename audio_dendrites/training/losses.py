@@ -8,44 +8,41 @@ from sklearn.utils import compute_class_weight
 from torch import nn
 
 from audio_dendrites.errors import UserError
-from audio_dendrites.recipes import SCORES, Recipe, RunArguments
+from audio_dendrites.recipes import SCORES, Recipe, RunArguments, check_rules
 
 
 def resolve_loss(args: RunArguments, multi_label: bool) -> str:
-    """The loss that `auto` stands for.
+    """The loss of a run: cross_entropy or bce.
 
     Args:
-        args: With `loss`.
+        args: The training arguments. Their `loss` may be auto.
         multi_label: Whether clips have lists of labels.
 
-    Returns:
-        cross_entropy or bce.
-
     Raises:
-        UserError: The loss does not fit such labels, or label smoothing does not fit the loss.
+        UserError: The loss does not fit the labels, or label smoothing does not fit the loss.
     """
     loss = args.loss if args.loss != "auto" else "bce" if multi_label else "cross_entropy"
     if multi_label and loss == "cross_entropy":
         raise UserError("loss must be bce or auto for clips with lists of labels, got cross_entropy")
-    args.check_loss(loss)
+    check_rules({"loss": loss, "label_smoothing_factor": args.label_smoothing_factor})
     return loss
 
 
 def balanced_class_weights(targets: np.ndarray, labels: Sequence[str]) -> np.ndarray:
-    """Inverse frequency of each class, as scikit-learn's `compute_class_weight("balanced")`.
+    """The weight of each class by its inverse frequency, as scikit-learn's `compute_class_weight("balanced")`.
 
     The weight of a class is `n / (classes * n_class)`, where `n_class` counts the clips with this class and `n` is the
     sum of these counts. The mean weight over all labels is 1.
 
     Args:
-        targets: Of the training clips, class numbers (clips,) or 0 and 1 (clips, classes).
+        targets: Class numbers (clips,) of the training clips, or 0 and 1 (clips, classes).
         labels: Class names in the order of the logits.
 
     Returns:
-        (classes,), float64.
+        The weights (classes,), float64.
 
     Raises:
-        UserError: No training clip has one of the classes.
+        UserError: A class has no training clip.
     """
     found = targets if targets.ndim == 1 else targets.nonzero()[1]
     if missing := sorted(set(range(len(labels))) - set(found.tolist())):
@@ -57,14 +54,14 @@ def balanced_class_weights(targets: np.ndarray, labels: Sequence[str]) -> np.nda
 
 
 def check_metrics(recipe: Recipe, multi_label: bool) -> None:
-    """Find out whether evaluations report the metrics that choose the checkpoint and the moments of growth.
+    """Check that evaluations report the metrics that choose the checkpoint and that growth follows.
 
     Args:
-        recipe: The run's.
-        multi_label: Whether clips have lists of labels; False also where this is not known yet.
+        recipe: The recipe of the run.
+        multi_label: Whether clips have lists of labels. False if that is not known yet.
 
     Raises:
-        UserError: They do not.
+        UserError: A metric is not reported.
     """
     reported = [*(["mAP"] if multi_label else SCORES), "loss"]
     growth = (recipe.dendrites.pai or {}).get("metric")
@@ -75,18 +72,19 @@ def check_metrics(recipe: Recipe, multi_label: bool) -> None:
 
 
 def distilled_labels(labels: torch.Tensor, logits: torch.Tensor, share: float, loss: str) -> torch.Tensor:
-    """Labels into which the scores of a teacher are mixed (Hinton et al. 2015, arXiv:1503.02531, at temperature 1).
+    """Mix the scores of a teacher into the labels (Hinton et al. 2015, arXiv:1503.02531, at temperature 1).
 
-    As the cross-entropies are linear in the labels, the loss is the mean of that of the labels and that of the scores.
+    Cross-entropies are linear in the labels. The loss is therefore the weighted mean of the loss with the labels and
+    the loss with the scores.
 
     Args:
         labels: Class numbers (batch,), or 0 to 1 (batch, classes).
-        logits: The teacher's, (batch, classes).
-        share: Of the scores, from 0 to 1.
-        loss: cross_entropy, where scores are the softmax, or bce, where they are the sigmoids.
+        logits: Logits of the teacher (batch, classes).
+        share: Share of the scores, from 0 to 1.
+        loss: cross_entropy for softmax scores, bce for sigmoids.
 
     Returns:
-        (batch, classes), float32.
+        The labels (batch, classes), float32.
     """
     logits = logits.float()
     scores = logits.sigmoid() if loss == "bce" else logits.softmax(-1)
@@ -102,28 +100,28 @@ def classification_loss(
     loss: str = "cross_entropy",
     class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy, or the binary one averaged over the classes; averaged over the clips of an optimizer step.
+    """Cross-entropy, or binary cross-entropy averaged over the classes. The mean over the clips of an optimizer step.
 
-    With class weights the sum is divided by the number of clips, not by the sum of their weights as in
-    `torch.nn.CrossEntropyLoss`, which would make the loss depend on how a step is cut into micro-batches.
+    With class weights, the sum is divided by the number of clips. `torch.nn.CrossEntropyLoss` divides it by the sum of
+    the weights, so that the loss would depend on how a step is divided into micro-batches.
 
     Args:
-        outputs: With `logits`, (batch, classes).
+        outputs: The outputs of the model, with `logits` (batch, classes).
         labels: Class numbers (batch,) or, after mixup or for multi-label clips, 0 to 1 (batch, classes).
-        num_items_in_batch: Entries of `labels` in all micro-batches and processes of the step, as the Trainer counts
-            them; none averages over this batch.
-        label_smoothing: Share of the probability spread over all classes (Szegedy et al. 2016, arXiv:1512.00567); of
-            the cross-entropy alone.
+        num_items_in_batch: Number of entries of `labels` in all micro-batches and processes of the step, as the Trainer
+            counts them. None averages over this batch.
+        label_smoothing: Share of the probability that is spread over all classes (Szegedy et al. 2016,
+            arXiv:1512.00567), for the cross-entropy only.
         loss: cross_entropy, or bce: each class against the rest, as AST's authors train AudioSet and Speech Commands.
-        class_weights: (classes,), float32. In the binary cross-entropy a weight multiplies the whole term of its class,
-            of clips with the class and of those without (torch's `weight`, not `pos_weight`).
+        class_weights: Weights (classes,), float32. In the binary cross-entropy, a weight multiplies the term of its
+            class in all clips, also in those without the class (torch's `weight`, not `pos_weight`).
 
     Returns:
         The loss, a float32 scalar.
     """
     logits = outputs.logits.float()
     if class_weights is not None:
-        class_weights = class_weights.to(logits.device)  # whole clips are scored on the CPU
+        class_weights = class_weights.to(logits.device)  # the loss of whole clips is computed on the CPU
     clips = len(labels) if num_items_in_batch is None else num_items_in_batch / labels[0].numel()
     if loss == "bce":
         targets = nn.functional.one_hot(labels, logits.shape[1]).float() if labels.dim() == 1 else labels

@@ -1,4 +1,4 @@
-"""What can be known of the runs of a command before the first one trains."""
+"""Check the runs of a command before the first one trains."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 
 from audio_dendrites.data.features import ExtractorClips, Inputs
 from audio_dendrites.errors import UserError
+from audio_dendrites.models.dendritic import growth_fault
 from audio_dendrites.models.loading import check_model, load_extractor, load_teacher
 from audio_dendrites.models.waveform import WaveformForAudioClassification
 from audio_dendrites.publishing import hub
@@ -24,29 +25,29 @@ from audio_dendrites.training.losses import check_metrics, resolve_loss
 
 logger = logging.getLogger(__name__)
 
-# Fields in which runs of a command may differ, and which change nothing that is checked of the model.
+# Fields that may differ between the runs of a command and do not change the checks of the model.
 RUN_FIELDS = {
     "train_folds", "validation_folds", "test_folds", "seed", "output_dir", "hub_model_id", "run_name",
     "resume_from_checkpoint",
 }  # fmt: skip
 
 
-# From a `pai` block, a model and a batch to the configuration of the growth and the layers that grow.
+# Turns a `pai` block, a model and a batch into the configuration of the growth and the layers that grow.
 FindGrowth = Callable[[Mapping[str, Any], PreTrainedModel, Mapping[str, torch.Tensor]], tuple[Any, Sequence[Any]]]
 
 
 def preflight(recipes: Sequence[Recipe], find_growth: FindGrowth) -> list[Recipe]:
-    """Find out what would stop a run of a command, before the first one trains.
+    """Find errors that would stop a run of a command, before the first run trains.
 
-    The model is built on the meta device, where two clips pass through it without memory or arithmetic. What several
-    runs have in common is checked once.
+    The model is built on the meta device, where two clips pass through it without memory or arithmetic. Fields that
+    several runs share are checked once.
 
     Args:
-        recipes: One for each run, in the order of the training.
-        find_growth: Gives the `PAIConfig` and the `Layer`s of pai_callback, which the package does not import.
+        recipes: One recipe for each run, in the order of the training.
+        find_growth: Returns the `PAIConfig` and the `Layer`s of pai_callback, which the package does not import.
 
     Returns:
-        The recipes of the runs that are still to be trained.
+        The recipes of the runs that are not finished.
 
     Raises:
         UserError: A run cannot be trained as its recipe asks.
@@ -59,7 +60,7 @@ def preflight(recipes: Sequence[Recipe], find_growth: FindGrowth) -> list[Recipe
     for recipe in recipes:
         check_run_folder(recipe)
         check_resumption(recipe.training)
-    # Another command may finish a run in between, so that the first process decides for all.
+    # Another command may finish a run meanwhile, so the first process decides for all.
     over = broadcast_object_list([[is_over(recipe.training) for recipe in recipes]])[0]
     waiting = [recipe for recipe, done in zip(recipes, over, strict=True) if not done]
     if waiting:
@@ -80,24 +81,17 @@ def is_over(args: RunArguments) -> bool:
 
 
 def _check_model(recipe: Recipe, find_growth: FindGrowth) -> PreTrainedModel:
-    """Check what does not depend on folds, seed and run folder.
-
-    Returns:
-        The model on the meta device.
-
-    Raises:
-        UserError, PAIError: As `preflight`.
-    """
+    """Check what does not depend on folds, seed and run folder. Returns the model on the meta device."""
     args, pai = recipe.training, recipe.dendrites.pai
     extractor = load_extractor(recipe.model, recipe.features)
     model = check_model(recipe, extractor)
     check_metrics(recipe, multi_label=False)
     if recipe.data.label_separator is not None:
         resolve_loss(args, multi_label=True)
-    if args.distill_from and not recipe.features.needs_statistics:  # which the teacher's must equal
+    if args.distill_from and not recipe.features.needs_statistics:  # the teacher must have the same statistics
         load_teacher(args.distill_from, recipe.data.labels, extractor, None if args.loss == "auto" else args.loss)
-    if args.early_stopping_patience is not None and (args.eval_strategy == "no" or args.metric_for_best_model is None):
-        raise UserError("early_stopping_patience needs an eval_strategy other than no, and a metric_for_best_model")
+    if args.early_stopping_patience is not None and args.metric_for_best_model is None:
+        raise UserError("metric_for_best_model must be set with early_stopping_patience, got null")
     batch = two_clips(model, extractor)
     if isinstance(extractor, ExtractorClips):
         try:
@@ -118,8 +112,8 @@ def two_clips(model: PreTrainedModel, extractor: Inputs) -> dict[str, torch.Tens
     """A batch of two clips of the length that the model sees, on its device.
 
     Args:
-        model: As `check_model` returns it. Its front end, if it has one, is made to give spectrograms there.
-        extractor: What computes the model's features.
+        model: What `check_model` returns. If it has a front end, this function replaces its `forward`.
+        extractor: The feature extractor of the model.
     """
     if isinstance(extractor, ExtractorClips):
         noise = np.random.default_rng(0).standard_normal((2, extractor.max_length * extractor.hop_length), np.float32)
@@ -133,7 +127,7 @@ def two_clips(model: PreTrainedModel, extractor: Inputs) -> dict[str, torch.Tens
 
 
 def evaluations(args: RunArguments) -> int | None:
-    """How often a training evaluates, if that is known without the number of clips."""
+    """The number of evaluations of a training, or None if it depends on the number of clips."""
     if args.eval_strategy == "no":
         return 0
     if args.eval_strategy == "epoch":
@@ -144,11 +138,11 @@ def evaluations(args: RunArguments) -> int | None:
 
 
 def _check_growth(args: RunArguments, config: Any) -> None:
-    """Compare the arguments of a training, its length and its early stopping with the schedule of the growth.
+    """Check that the length of a training, its early stopping and its other arguments fit the schedule of the growth.
 
-    The schedule `early` needs no evaluations. With the others, from one growth to the next pass at least `cycle`
-    evaluations. Without a better evaluation growth is repeated until it failed `tries` times, and is complete after
-    `1 + tries` cycles.
+    The schedule `early` needs no evaluations. With the other schedules, there are at least `cycle` evaluations from one
+    growth to the next. If no evaluation is better, growth is tried again until it has failed `tries` times. It is
+    complete after `1 + tries` cycles.
 
     Raises:
         UserError: Dendrites cannot grow in this training, or early stopping would end it before growth is complete.
@@ -179,17 +173,17 @@ def _check_growth(args: RunArguments, config: Any) -> None:
 
 
 def _check_optimizer(args: RunArguments, model: PreTrainedModel, grows: bool) -> None:
-    """Check the optimizer and the schedule of the learning rate on a small parameter.
+    """Try the optimizer and the schedule of the learning rate on a small parameter.
 
     Args:
-        args: The training's.
-        model: On the meta device.
-        grows: Whether parameters join the optimizer's groups while it trains.
+        args: The training arguments.
+        model: The model on the meta device.
+        grows: Whether parameters are added to the optimizer during the training.
 
     Raises:
-        UserError: One of them cannot be made, or the optimizer cannot take new parameters.
+        UserError: The optimizer or the schedule cannot be made, or the optimizer cannot take new parameters.
     """
-    first, joining = (nn.Parameter(torch.ones(2, 2, device=args.device)) for _ in range(2))
+    first = nn.Parameter(torch.ones(2, 2, device=args.device))
     try:
         get_scheduler(args.lr_scheduler_type, torch.optim.SGD([first]), 0, 1, args.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
@@ -201,14 +195,7 @@ def _check_optimizer(args: RunArguments, model: PreTrainedModel, grows: bool) ->
     if not grows:
         return
     try:
-        optimizer = kind([first], **settings | {"lr": 1.0})
-        getattr(optimizer, "train", bool)()  # a schedule-free optimizer steps in this mode only
-        for parameters in ([first], [first, joining]):
-            optimizer.param_groups[0]["params"] = parameters
-            for parameter in parameters:
-                parameter.grad = torch.ones_like(parameter)
-            optimizer.step()
-        reason = "they stay as they are" if (joining == 1).all() else None
+        reason = growth_fault(kind([first], **settings | {"lr": 1.0}))
     except Exception as error:  # whatever the library of the optimizer raises
         reason = repr(error)
     if reason is not None:

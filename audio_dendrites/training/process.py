@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_process(args: TrainingArguments) -> None:
-    """Let only the first process log, check that the processes know each other, and use all cores of a CPU.
+    """Silence the log of all processes but the first, check how they were started, and use all cores of a CPU.
 
-    Every launcher gives a process on the CPU one thread. A value of `OMP_NUM_THREADS` above 1 is kept.
+    Every launcher gives a process on the CPU one thread. If `OMP_NUM_THREADS` is above 1, it is kept.
 
     Raises:
         UserError: A launcher started several processes, but each of them sees only itself; or one process sees several
@@ -36,7 +36,7 @@ def prepare_process(args: TrainingArguments) -> None:
             f"{started} processes were started, but each of them sees only itself and would write the same run "
             f"folder. On the CPU of a machine with a GPU, add --use_cpu"
         )
-    if args.n_gpu > 1:  # then the Trainer wraps the model in nn.DataParallel and adds up the losses of the GPUs
+    if args.n_gpu > 1:  # the Trainer would wrap the model in nn.DataParallel and add up the losses of the GPUs
         script = Path(sys.argv[0]).name
         raise UserError(
             f"one process sees {args.n_gpu} GPUs. Start one process for each GPU with `torchrun --standalone "
@@ -92,10 +92,10 @@ def without_tf32() -> Iterator[None]:
 
 
 def _several_were_requested() -> bool:
-    """Whether the environment says that a launcher was to start several processes.
+    """Whether the environment asks for several processes.
 
-    `accelerate launch --cpu --num_processes 2` sets an address for the processes to meet, but no WORLD_SIZE, and starts
-    one process. Each task of srun is a process of its own.
+    `accelerate launch --cpu --num_processes 2` sets an address for the processes but no WORLD_SIZE, and starts one
+    process. Each task of srun is a process of its own.
     """
     found = os.environ.keys()
     by_accelerate = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= found and "WORLD_SIZE" not in found
@@ -105,14 +105,14 @@ def _several_were_requested() -> bool:
 
 @contextmanager
 def one_process_first(args: TrainingArguments, doing: str) -> Iterator[None]:
-    """Run a `with` block in one process of each machine, and then in its other processes, which find full caches.
+    """Run a `with` block in one process of each machine, and then in the other processes, which can use its cache.
 
-    All processes leave the block together, however long it takes. In `TrainingArguments.main_process_first` they wait
-    in a barrier, which fails after `ddp_timeout`.
+    All processes leave the block together, however long it takes. `TrainingArguments.main_process_first` has a barrier
+    that fails after `ddp_timeout`.
 
     Args:
-        args: The training's; only their `output_dir` and the numbers of the processes are used.
-        doing: What the block does, for the messages: "loading the data". A run uses each text once.
+        args: The training arguments, for `output_dir` and the numbers of the processes.
+        doing: What the block does, such as "loading the data". A run uses each text once.
 
     Raises:
         UserError: The block failed in another process.
@@ -136,7 +136,7 @@ def one_process_first(args: TrainingArguments, doing: str) -> Iterator[None]:
 
 
 def _wait_for(store: distributed.Store, key: str, counter: str, count: int) -> None:
-    """Wait until a counter of `one_process_first` is at `count`; raise a UserError if a process failed."""
+    """Wait until a counter of `one_process_first` reaches `count`. Raises a UserError if a process fails."""
     try:
         while store.add(f"{key}: {counter}", 0) < count:
             if store.check([f"{key}: failure"]):

@@ -41,18 +41,18 @@ PUSH_FOLDER = ".push-"  # in the run folder, while a checkpoint is pushed
 
 
 def step_factor(step: int, warmup: int, steps_per_epoch: int, start: int, every: int, decay: float) -> float:
-    """The share of the learning rate at an optimizer step, for what no scheduler of transformers does.
+    """The factor of the learning rate at an optimizer step, for a schedule that transformers does not have.
 
-    A linear warm-up, then the steps of `torch.optim.lr_scheduler.MultiStepLR` at the epochs `start`, `start + every`,
-    …, as AST's authors train (github.com/YuanGongND/ast, src/traintest.py).
+    After a linear warm-up, the learning rate falls as in `torch.optim.lr_scheduler.MultiStepLR` at the epochs `start`,
+    `start + every`, …, as AST's authors train (github.com/YuanGongND/ast, src/traintest.py).
 
     Args:
-        step: Optimizer steps done.
-        warmup: Steps of the warm-up.
-        steps_per_epoch: Optimizer steps of an epoch.
-        start: Epochs before the first step of the learning rate.
-        every: Epochs between two of them.
-        decay: What each multiplies the learning rate by.
+        step: Number of optimizer steps so far.
+        warmup: Number of steps of the warm-up.
+        steps_per_epoch: Number of optimizer steps of an epoch.
+        start: Epochs before the learning rate first falls.
+        every: Epochs until it falls again.
+        decay: Factor of the learning rate each time.
     """
     passed = max(0, step // steps_per_epoch - start + every) // every
     return (step / warmup if step < warmup else 1.0) * decay**passed
@@ -69,15 +69,12 @@ class AudioTrainer(Trainer):
     training.
 
     Args:
+        args: `RunArguments`, or `TrainingArguments` if none of the options of `RunArguments` is needed.
         learning_rates: Learning rate of each parameter by name. Defaults to `args.learning_rate` for all.
         loss: cross_entropy or bce, see `classification_loss`.
         teacher: Model that scores each augmented training batch. Its scores are mixed into the labels.
-        distillation: Share of the teacher's scores in the labels, 0 to 1.
         train_sampler: Draws the training clips. By default they are shuffled.
         class_weights: Weight of each class in the loss, (classes,). By default all weigh the same.
-        average_checkpoints: Number of last checkpoints. The training ends with the mean of their weights instead of the
-            best checkpoint.
-        ema_decay: Evaluate, and end with, the moving average of the weights, see `MovingAverage`.
         recipe: The resolved recipe. Required if `args.push_to_hub`.
         card_template: Jinja template of the model card. Required if `args.push_to_hub`.
 
@@ -95,11 +92,8 @@ class AudioTrainer(Trainer):
         learning_rates: dict[str, float] | None = None,
         loss: str = "cross_entropy",
         teacher: nn.Module | None = None,
-        distillation: float = 0.5,
         train_sampler: Sampler | None = None,
         class_weights: np.ndarray | None = None,
-        average_checkpoints: int | None = None,
-        ema_decay: float | None = None,
         recipe: Recipe | None = None,
         card_template: Path | None = None,
         **kwargs,
@@ -108,13 +102,16 @@ class AudioTrainer(Trainer):
         super().__init__(*args, compute_metrics=compute_metrics and self._score_clips, **kwargs)
         self.learning_rates, self.recipe, self.card_template = learning_rates, recipe, card_template
         self.train_sampler, self.loss, self.class_weights = train_sampler, loss, class_weights
-        self.teacher, self.distillation = teacher and teacher.to(self.args.device), distillation
+        self.teacher = teacher and teacher.to(self.args.device)
         self.averaged_steps: list[int] = []
-        self.ema = None if ema_decay is None else MovingAverage(ema_decay)
-        if self.ema is not None:
+        self.ema = None
+        if (decay := getattr(self.args, "ema_decay", None)) is not None:
+            self.ema = MovingAverage(decay)
             self.add_callback(self.ema)
-        if average_checkpoints is not None:  # first, since a callback that grows the model acts at the end too
-            self.callback_handler.callbacks.insert(0, _AverageAtEnd(self, average_checkpoints))
+        if (
+            getattr(self.args, "average_checkpoints", None) is not None
+        ):  # before a callback that grows the model at the end
+            self.callback_handler.callbacks.insert(0, _AverageAtEnd(self))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):  # the name of its default folder contains the host's
                 callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
@@ -165,10 +162,10 @@ class AudioTrainer(Trainer):
         if self.teacher is not None and model.training:
             labels, classes = inputs.pop("labels"), self.model.config.num_labels
             if labels.dim() == 1 and num_items_in_batch is not None:
-                num_items_in_batch = num_items_in_batch * classes  # which the Trainer counts as it finds them
+                num_items_in_batch = num_items_in_batch * classes  # the Trainer has counted class numbers
             with torch.no_grad(), self.accelerator.autocast():
                 logits = self.teacher(**inputs).logits
-            inputs["labels"] = distilled_labels(labels, logits, self.distillation, self.loss)
+            inputs["labels"] = distilled_labels(labels, logits, self.args.distillation, self.loss)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs) -> EvalLoopOutput:
@@ -216,12 +213,9 @@ class AudioTrainer(Trainer):
         """A context in which the model has the moving average of its weights, if there is one."""
         return contextlib.nullcontext() if self.ema is None else self.ema.in_place_of(self.model)
 
-    def load_average(self, count: int) -> None:
-        """Give the model the mean weights of its last checkpoints.
-
-        Args:
-            count: Number of checkpoints. If there are fewer, all of them are averaged.
-        """
+    def load_average(self) -> None:
+        """Give the model the mean weights of its last `args.average_checkpoints` checkpoints, or of all if fewer."""
+        count = self.args.average_checkpoints
         self.accelerator.wait_for_everyone()  # all processes list the checkpoints after the last one is written
         steps = {int(folder.name.split("-")[-1]): folder for folder in whole_checkpoints(Path(self.args.output_dir))}
         usable = sorted(step for step in steps if self.structure_since < step <= self.state.global_step)
@@ -277,14 +271,14 @@ class AudioTrainer(Trainer):
             set_default_mode(*Path(output_dir).glob("*.safetensors"))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Delete what a killed run was about to push. `preflight` has made the repository."""
+        """Delete the push folders of a killed run. `preflight` has already created the repository."""
         self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None
         if self.is_world_process_zero():
             for left_over in Path(self.args.output_dir).glob(f"{PUSH_FOLDER}*"):
                 shutil.rmtree(left_over)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Nothing: the card is `model_card`'s, and the Trainer's own never takes its place."""
+        """Do nothing, so that the Trainer's card does not overwrite that of `model_card`."""
 
     def push_to_hub(self, *args, **kwargs) -> None:
         """Push the finished run folder."""
@@ -334,13 +328,13 @@ class AudioTrainer(Trainer):
             raise CheckpointError(
                 f"the checkpoint is not of this model: it lacks {load_result.missing_keys[:5]} "
                 f"({len(load_result.missing_keys)} tensors) and has {load_result.unexpected_keys[:5]} "
-                f"({len(load_result.unexpected_keys)}) that the model has not"
+                f"({len(load_result.unexpected_keys)} tensors) that the model does not have"
             )
 
 
 class _AverageAtEnd(TrainerCallback):
-    def __init__(self, trainer: AudioTrainer, count: int):
-        self.trainer, self.count = trainer, count
+    def __init__(self, trainer: AudioTrainer):
+        self.trainer = trainer
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.load_average(self.count)
+        self.trainer.load_average()
