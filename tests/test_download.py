@@ -78,7 +78,7 @@ def hub(folder) -> Hub:
     ASTForAudioClassification(ASTConfig(**TINY_AST, max_length=64)).save_pretrained(folder / "model")
     ASTFeatureExtractor(max_length=64).save_pretrained(folder / "model")
     model = {path.name: path for path in (folder / "model").iterdir()}
-    with Hub(folder / "hub") as hub:
+    with Hub() as hub:
         hub.commit(DATASET, {"README.md": CARD, "notes.txt": "unused"} | halves, "dataset", oid=COMMIT)
         hub.commit("me/tiny-ast", model | {"pytorch_model.bin": b"the same weights, never read"})
         hub.commit("other/private", halves, "dataset", private=True)
