@@ -34,23 +34,14 @@ DATE = "2026-01-01T00:00:00.000Z"
 
 @dataclass
 class Fault:
-    """A failure of the next requests that match.
+    """A failure of the next requests that match."""
 
-    Attributes:
-        match: Regular expression, searched in "METHOD /path?query".
-        status: Code of the answer. None serves the request, unless it is cut.
-        message: X-Error-Message of the answer.
-        cut_after: Cut the connection after this number of bytes of the request's body, without an answer.
-        down: Also stop the server. `Hub.start` brings it back.
-        times: Number of requests that fail.
-    """
-
-    match: str
-    status: int | None = None
+    match: str  # regular expression, searched in "METHOD /path?query"
+    status: int | None = None  # of the answer
     message: str = "Failed on demand."
-    cut_after: int | None = None
-    down: bool = False
-    times: float = 1
+    cut_after: int | None = None  # cut the connection without an answer, after this number of bytes of the body
+    down: bool = False  # then also stop the server; `Hub.start` brings it back
+    times: float = 1  # number of requests that fail
 
 
 @dataclass
@@ -146,18 +137,17 @@ class Request:
         """A repository that the account may read. To others, a private one does not exist."""
         repo = self.hub.repos.get(f"{kind}s/{repo_id}")
         if repo is None or (repo.private and (self.account is None or self.account[0] != repo_id.split("/")[0])):
-            status, message = (401, "Invalid username or password.") if self.account is None else (404, "Not found")
-            raise HubError(status, message, "RepoNotFound")
+            raise HubError(401 if self.account is None else 404, "Repository not found", "RepoNotFound")
         return repo
 
     def check_may_write(self, repo_id: str) -> None:
-        owner = repo_id.split("/")[0]
         if self.account is None:
             raise HubError(401, "Invalid username or password.")
-        if self.account[1] != "write":
+        name, role = self.account
+        if role != "write":
             raise HubError(403, "You must use a write token to upload to a repository.")
-        if self.account[0] != owner:
-            raise HubError(403, f'You don\'t have the rights to write under the namespace "{owner}"')
+        if name != repo_id.split("/")[0]:
+            raise HubError(403, f'You don\'t have the rights to write under the namespace of "{repo_id}"')
 
 
 class Hub:
@@ -225,19 +215,7 @@ class Hub:
         oid: str | None = None,
         branch: str = "main",
     ) -> str:
-        """Put files into a repository without a request. It is created if it does not exist.
-
-        Args:
-            repo_id: owner/name.
-            files: Content, or a file to copy, by path in the repository.
-            kind: "model" or "dataset".
-            private: Whether a new repository is private.
-            oid: The id of the commit. Chosen if left out.
-            branch: A new one starts empty.
-
-        Returns:
-            The id of the commit.
-        """
+        """Put content, or files to copy, into a repository without a request. Returns the id of the commit."""
         repo, changes = self.repos.get(f"{kind}s/{repo_id}") or self.create(kind, repo_id, private), {}
         for path, content in files.items():
             content = content.read_bytes() if isinstance(content, Path) else content
@@ -255,11 +233,10 @@ class Hub:
         return [commit.oid for commit in self.repos[f"models/{repo_id}"].history("main")]
 
     def next_fault(self, line: str) -> Fault | None:
-        for fault in self.faults:
-            if fault.times > 0 and re.search(fault.match, line):
-                fault.times -= 1
-                return fault
-        return None
+        fault = next((one for one in self.faults if one.times > 0 and re.search(one.match, line)), None)
+        if fault is not None:
+            fault.times -= 1
+        return fault
 
 
 def is_large(path: str, sample: bytes) -> bool:
@@ -400,7 +377,7 @@ def commit(request: Request, kind: str, repo_id: str, revision: str) -> dict:
 def download(request: Request, kind: str | None, repo_id: str, revision: str, path: str) -> tuple[bytes, dict]:
     """The content of a file, and its headers."""
     commit = request.repo((kind or "models")[:-1], repo_id).at(revision)
-    headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "none", "Content-Type": "application/octet-stream"}
+    headers = {"X-Repo-Commit": commit.oid}
     if path not in commit.tree:
         error = HubError(404, "Entry not found", "EntryNotFound")
         error.headers |= headers
@@ -474,8 +451,7 @@ class _Handler(BaseHTTPRequestHandler):
             if re.fullmatch(method, self.command) and (found := re.fullmatch(pattern, url.path)):
                 groups = {name: value and unquote(value) for name, value in found.groupdict().items()}
                 answer = route(request, **groups)
-                is_file = isinstance(answer, tuple)
-                return answer if is_file else (json.dumps(answer).encode(), {"Content-Type": "application/json"})
+                return answer if isinstance(answer, tuple) else (json.dumps(answer).encode(), {})
         raise HubError(404, f"No such page: {self.command} {url.path}")
 
     def cut(self, fault: Fault | None) -> None:
