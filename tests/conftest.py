@@ -24,8 +24,6 @@ from datasets import ClassLabel, Dataset, List
 from hub.server import WRITE_TOKEN, Hub
 from pandas import DataFrame
 
-import train
-from audio_dendrites.recipes import parse_recipe
 from audio_dendrites.results.scores import score, with_predictions
 
 ROOT = Path(__file__).parent.parent
@@ -252,6 +250,9 @@ def write_recipe(folder: Path, dataset: Path, /, **changes) -> Path:
 
 def train_finished_run(folder: Path, dataset: Path, /, **changes) -> None:
     """Train RECIPE as `train.py recipe.yaml --hub_token …` does, and write what it prints to printed.txt."""
+    import train  # not at the top: the process of xdist that distributes the tests would import it, too
+    from audio_dendrites.recipes import parse_recipe
+
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         recipe = str(write_recipe(folder, dataset, **changes))
         patch.setattr("sys.argv", ["train.py", recipe, "--hub_token", "hf_PlantedOnTheCommandLine"])

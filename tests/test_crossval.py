@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 import yaml
-from conftest import TINY_AST, TONES
+from conftest import PAI
 from safetensors.torch import load_file
 
 import crossval
@@ -16,21 +16,18 @@ from audio_dendrites.errors import UserError
 
 
 @pytest.fixture
-def recipe(tones, tmp_path):
-    def write(**changes):
-        fields = TONES | {
-            "dataset": str(tones), "output_dir": str(tmp_path / "runs"), "max_length": 48, "model_config": TINY_AST,
-            "per_device_train_batch_size": 4, "num_train_epochs": 1, "precision": "fp32",
-            "preprocessing_num_workers": 1, "report_to": ["none"],
-        }  # fmt: skip
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields | changes))
-        return str(tmp_path / "recipe.yaml")
+def write(recipe, tmp_path):
+    """A function that writes a recipe for short runs in tmp_path/runs and returns the path of the file."""
+
+    def write(**changes) -> str:
+        fields = {"output_dir": str(tmp_path / "runs"), "per_device_train_batch_size": 4, "num_train_epochs": 1}
+        return str(recipe(**fields | {"max_length": 48, "precision": "fp32", "report_to": ["none"]} | changes))
 
     return write
 
 
-def test_every_fold_is_tested_once_and_a_finished_run_is_kept(recipe, tmp_path, capsys):
-    crossval.main([recipe()])
+def test_every_fold_is_tested_once_and_a_finished_run_is_kept(write, tmp_path, capsys):
+    crossval.main([write()])
     folders = [tmp_path / "runs" / f"fold-{fold}-seed-42" for fold in "123"]
     runs = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     assert [(run["validation"]["folds"], run["test"]["folds"]) for run in runs] == [
@@ -47,7 +44,7 @@ def test_every_fold_is_tested_once_and_a_finished_run_is_kept(recipe, tmp_path, 
     assert found["mean"]["mAP"] == pytest.approx(sum(run["test"]["mAP"] for run in runs) / 3)
     written = [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders]
     capsys.readouterr()
-    crossval.main([recipe()])
+    crossval.main([write()])
     assert [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders] == written
     assert (
         f"| mean               |                |       |   {found['mean']['accuracy']:.4f} |"
@@ -56,14 +53,14 @@ def test_every_fold_is_tested_once_and_a_finished_run_is_kept(recipe, tmp_path, 
     assert (tmp_path / "runs" / "confusion_matrix_baseline.png").exists()
 
 
-def test_every_run_has_its_own_run_in_each_tracker(recipe, tmp_path, monkeypatch):
+def test_every_run_has_its_own_run_in_each_tracker(write, tmp_path, monkeypatch):
     for package in ("wandb", "trackio"):
         pytest.importorskip(package, reason=f"{package} is not installed; `pip install {package}` brings it")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     for module in ("trackio.utils", "trackio.sqlite_storage"):
         monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path / "trackio")
-    path = recipe(report_to=["wandb", "trackio", "tensorboard"], output_dir=str(tmp_path / "runs" / "tones"))
+    path = write(report_to=["wandb", "trackio", "tensorboard"], output_dir=str(tmp_path / "runs" / "tones"))
     crossval.main([path, "--folds", "1", "2"])
     names = ["tones-fold-1-seed-42", "tones-fold-2-seed-42"]
     records = [file.read_bytes() for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))]
@@ -76,8 +73,8 @@ def test_every_run_has_its_own_run_in_each_tracker(recipe, tmp_path, monkeypatch
     assert all(len(list(tmp_path.glob(f"runs/tones/{name[6:]}/tensorboard/events.*"))) == 1 for name in names)
 
 
-def test_with_last_all_other_folds_train_and_none_chooses(recipe, tmp_path):
-    crossval.main([recipe(num_train_epochs=2), "--last", "--folds", "2"])
+def test_with_last_all_other_folds_train_and_none_chooses(write, tmp_path):
+    crossval.main([write(num_train_epochs=2), "--last", "--folds", "2"])
     folder = tmp_path / "runs" / "fold-2-seed-42"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["validation"]["folds"] == metrics["test"]["folds"] == ["2"]
@@ -88,12 +85,12 @@ def test_with_last_all_other_folds_train_and_none_chooses(recipe, tmp_path):
     assert all(torch.equal(last[name], saved[name]) for name in last if name in saved)
     for field, value in {"early_stopping_patience": 2, "pai": {"schedule": "history"}}.items():
         with pytest.raises(UserError, match=f"{field} must not follow a validation score with --last, got "):
-            crossval.main([recipe(**{field: value}), "--last"])
+            crossval.main([write(**{field: value}), "--last"])
 
 
 @pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")
-def test_with_a_baseline_both_sides_are_compared_over_all_runs(recipe, tmp_path, capsys):
-    path = recipe(baseline=True, pai={"first_growth": 0.3})
+def test_with_a_baseline_both_sides_are_compared_over_all_runs(write, tmp_path, capsys):
+    path = write(baseline=True, pai=PAI)
     crossval.main([path, "--folds", "1", "--seeds", "1", "2"])
     assert "| baseline  | 2    |" in capsys.readouterr().out
     page = json.loads((tmp_path / "runs" / "comparison.json").read_text())
@@ -102,8 +99,8 @@ def test_with_a_baseline_both_sides_are_compared_over_all_runs(recipe, tmp_path,
     assert set(json.loads((tmp_path / "runs" / "crossval.json").read_text())) == {"baseline", "dendritic"}
 
 
-def test_folds_that_do_not_exist_are_named(recipe):
+def test_folds_that_do_not_exist_are_named(write):
     with pytest.raises(UserError, match=r"--folds must be folds of the recipe \(1, 2, 3\), got 7"):
-        crossval.main([recipe(), "--folds", "7"])
+        crossval.main([write(), "--folds", "7"])
     with pytest.raises(UserError, match=r"must name at least 3 folds \(train, choose and test\), got 1, 2"):
-        crossval.main([recipe(test_folds=["2"])])
+        crossval.main([write(test_folds=["2"])])
