@@ -46,14 +46,17 @@ from audio_dendrites.training.checkpoints import CheckpointError, last_checkpoin
 from audio_dendrites.training.losses import balanced_class_weights, classification_loss
 from audio_dendrites.training.process import prepare_process
 
-SAVE_EVERY_STEP = {
-    "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 99,
-}  # fmt: skip
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 def run(path, *options):
     train.main(parse_recipe([str(path), *options]))
+
+
+def save_each(steps: int) -> dict:
+    """The fields that save and keep a checkpoint every few steps."""
+    fields = {"eval_strategy": "steps", "eval_steps": steps, "save_strategy": "steps", "save_steps": steps}
+    return fields | {"save_total_limit": 99}
 
 
 @pytest.fixture
@@ -180,13 +183,16 @@ def test_a_checkpoint_without_one_of_the_tensors_is_an_error(recipe, folder):
 
 @pytest.mark.parametrize(
     ("fields", "steps"),
-    [({}, (3, 6)), ({"gradient_accumulation_steps": 2}, (1,)), ({"balanced_sampling": True}, (5,))],
-    ids=str,
+    [
+        (save_each(2) | {"dataloader_num_workers": 1}, (2, 6)),
+        (save_each(1) | {"gradient_accumulation_steps": 2}, (1,)),
+        (save_each(2) | {"balanced_sampling": True}, (6,)),
+    ],
+    ids=["worker", "accumulated", "balanced"],
 )
-def test_a_resumed_run_has_the_same_tensors_as_the_whole_one(recipe, tmp_path, fields, steps):
-    """In the middle of an epoch, with everything that draws random numbers."""
-    fields = SAVE_EVERY_STEP | fields | {
-        "num_train_epochs": 2, "dataloader_num_workers": 1, "patchout_time": 1, "patchout_frequency": 2,
+def test_a_run_resumed_within_an_epoch_has_the_same_tensors_as_the_whole_one(recipe, tmp_path, fields, steps):
+    fields = fields | {
+        "num_train_epochs": 2, "patchout_time": 1, "patchout_frequency": 2,
         "model_config": TINY_AST | {"hidden_dropout_prob": 0.1},
     }  # fmt: skip
     run(recipe(**fields))
@@ -544,7 +550,7 @@ def test_learning_rates_reach_the_optimizer(recipe, tmp_path):
 
 
 def test_frozen_layers_do_not_move(recipe, tmp_path):
-    run(recipe(**SAVE_EVERY_STEP, max_steps=2, unfreeze_last_layers=1))
+    run(recipe(**save_each(1), max_steps=2, unfreeze_last_layers=1))
     first, last = (read_weights(tmp_path / "run" / f"checkpoint-{step}") for step in (1, 2))
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     encoder = "audio_spectrogram_transformer"
