@@ -226,13 +226,13 @@ def test_a_killed_run_resumes_and_ends_as_the_uninterrupted_one(recipe, finished
 
 
 def test_early_stopping_counts_on_after_a_resume(recipe, tmp_path):
-    fields = {"early_stopping_patience": 1, "num_train_epochs": 9, "learning_rate": 1e-9, "save_total_limit": None}
+    fields = {"early_stopping_patience": 2, "num_train_epochs": 9, "learning_rate": 1e-9, "save_total_limit": None}
     run(recipe(**fields))
-    assert read_metrics(tmp_path / "run")["steps"] == 8  # the first epoch is the best one
+    assert read_metrics(tmp_path / "run")["steps"] == 12  # the first epoch is the best one
     (tmp_path / "run" / "metrics.json").unlink()
-    shutil.rmtree(tmp_path / "run" / "checkpoint-8")
-    run(recipe(**fields))
-    assert read_metrics(tmp_path / "run")["steps"] == 8
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    run(recipe(**fields))  # from the second epoch, which was no better
+    assert read_metrics(tmp_path / "run")["steps"] == 12
 
 
 def test_a_finished_run_is_shown_and_not_repeated(recipe, finished, folder, capsys):
