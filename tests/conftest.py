@@ -1,20 +1,26 @@
-"""Small models, spectrograms and data sets that the tests share; nothing here needs a network or leaves its folder."""
+"""What the tests share: sounds, data sets, finished runs and a Hub. Nothing here needs a network."""
 
+import gc
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
-# Before the first import of a Hugging Face library: the tests never reach for the network or the user's caches.
-os.environ["HF_HUB_OFFLINE"] = "1"
+# These variables must be set before the first import of NumPy, PyTorch or a Hugging Face library.
+os.environ["HF_HUB_OFFLINE"] = "1"  # the tests use neither the network nor the user's caches
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# `make test` runs one process per core. More threads than cores would slow all of them down.
+os.environ["OMP_NUM_THREADS"] = os.environ["LOKY_MAX_CPU_COUNT"] = "1"
 
 import av
 import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, List
 from hub.server import WRITE_TOKEN, Hub
 from pandas import DataFrame
@@ -34,11 +40,20 @@ from audio_dendrites.results.scores import score, with_predictions
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    """A cache of data sets for the tests, and for the processes they start, that is theirs alone."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+def pytest_collection_finish():
+    """Exclude the imported modules from garbage collection, which every training starts at its end."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory) -> Iterator[None]:
+    """Give the tests, and the processes that they start, a cache of data sets of their own."""
+    cache = tmp_path_factory.getbasetemp() / "datasets"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+        patch.setenv("HF_DATASETS_CACHE", str(cache))
+        yield
 
 
 def tone(frequency: float, seconds: float = 0.5, rate: int = 16000, seed: int = 0) -> np.ndarray:
@@ -119,11 +134,10 @@ def build(kind: str = "ast", **changes) -> nn.Module:
 
 @pytest.fixture
 def online(hub, tmp_path, monkeypatch) -> Hub:
-    """The same Hub, and this process logged in to it."""
-    environment = hub.environment(tmp_path / "home", WRITE_TOKEN)
-    for name in [*environment, *os.environ]:
+    """The Hub of `hub`. This process is logged in to it."""
+    for name in list(os.environ):
         if name.startswith("HF_") and name != "HF_DATASETS_CACHE":
-            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name)
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the endpoint
     for name, value in {
@@ -139,9 +153,9 @@ def online(hub, tmp_path, monkeypatch) -> Hub:
 
 
 @pytest.fixture
-def hub(tmp_path) -> Iterator[Hub]:
-    """A Hub on this machine; `hub.environment(home, token)` is what a process needs to have it as its only one."""
-    with Hub(tmp_path / "hub") as server:
+def hub() -> Iterator[Hub]:
+    """A Hub on this machine. A process that runs with `hub.environment(home, token)` uses no other one."""
+    with Hub() as server:
         yield server
 
 
@@ -266,3 +280,70 @@ TINY_VIT = {
     "image_size": 32,
 }
 TINY_CNN14 = {"width": 0.0625, "num_hidden_layers": 3}
+RECIPE = TONES | {
+    "max_length": 80,  # which all clips fit into
+    "model_config": TINY_AST,
+    "per_device_train_batch_size": 2,
+    "num_train_epochs": 3,
+    "learning_rate": 3e-3,
+    "precision": "bf16",
+    "preprocessing_num_workers": 1,
+    "time_roll": 5,
+    "time_mask": 8,
+    "mixup_alpha": 0.5,
+    "logging_steps": 1,
+}
+PAI = {"modules": ["classifier.dense"], "first_growth": 0.25, "max_dendrites": 2}
+
+
+def write_recipe(folder: Path, dataset: Path, /, **changes) -> Path:
+    """Write RECIPE with changes to a file in a folder."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"dataset": str(dataset), "output_dir": str(folder / "run")} | changes))
+    return path
+
+
+def train_finished_run(folder: Path, dataset: Path, /, **changes) -> None:
+    """Train RECIPE as `train.py recipe.yaml --hub_token …` does, and write what it prints to printed.txt."""
+    import train  # not at the top: the process of xdist that distributes the tests would import it, too
+    from audio_dendrites.recipes import parse_recipe
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        recipe = str(write_recipe(folder, dataset, **changes))
+        patch.setattr("sys.argv", ["train.py", recipe, "--hub_token", "hf_PlantedOnTheCommandLine"])
+        train.main(parse_recipe([recipe, "--hub_token", "hf_PlantedOnTheCommandLine"]))
+    (folder / "printed.txt").write_text(printed.getvalue())
+
+
+@pytest.fixture(scope="session")
+def shared_tones(tmp_path_factory) -> Path:
+    """The file of `write_tones` that all tests share. Use `tones` to change it."""
+    return write_tones(tmp_path_factory.mktemp("home-of-jo") / "tones.parquet")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, shared_tones) -> Path:
+    """A folder with a finished run of RECIPE on `shared_tones`, `run`, and printed.txt. Copy it before a change."""
+    folder = tmp_path_factory.mktemp("finished")
+    train_finished_run(folder, shared_tones)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_pair(tmp_path_factory, shared_tones, finished) -> Path:
+    """A folder with the runs of RECIPE with dendrites, `run`, and without, `run_baseline`, compared with each other."""
+    pytest.importorskip("perforatedai", reason="perforatedai has no wheel for this Python; 3.11 and 3.12 have one")
+    folder = tmp_path_factory.mktemp("pair")
+    shutil.copytree(finished / "run", folder / "run_baseline")
+    train_finished_run(folder, shared_tones, baseline=True, pai=PAI)
+    return folder
+
+
+@pytest.fixture
+def recipe(shared_tones, tmp_path):
+    """A function that writes RECIPE with changes and returns the path of the file. Its run folder is tmp_path/run."""
+
+    def write(**changes) -> Path:
+        return write_recipe(tmp_path, shared_tones, **changes)
+
+    return write

@@ -91,7 +91,7 @@ def hub(folder) -> Hub:
         for part in range(2)
         for split in ("train", "test")
     }
-    with Hub(folder / "hub") as hub:
+    with Hub() as hub:
         hub.commit(DATASET, {"README.md": CARD, "notes.txt": "unused"} | halves, "dataset", oid=COMMIT)
         hub.commit("me/tiny-ast", model | {"pytorch_model.bin": b"the same weights, never read"})
         hub.commit("other/private", halves, "dataset", private=True)

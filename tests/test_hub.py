@@ -9,6 +9,7 @@ import pandas
 import pytest
 import yaml
 from conftest import ROOT
+from hub.server import WRITE_TOKEN
 from huggingface_hub import EvalResult, ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
@@ -21,53 +22,26 @@ TEMPLATE = ROOT / "model_cards" / "model.md.jinja"
 CARDS = Path(__file__).parent / "cards"
 
 SCORES = {"accuracy": 0.75, "macro_f1": 0.7333333, "mAP": 0.9, "clips": 4}
+PER_CLASS = {
+    "cat": {"accuracy": 0.5, "f1": 0.6666667, "clips": 2}, "dog": {"accuracy": 1.0, "f1": 0.8, "clips": 2},
+}  # fmt: skip
 METRICS = {
-    "dataset": "synthetic",
-    "base_model": None,
-    "local": [],
-    "labels": ["cat", "dog"],
-    "sampling_rate": 16000,
-    "chosen_by": "accuracy",
-    "parameters": 1234567,
-    "trained_parameters": 1234567,
-    "dendrites": None,
-    "precision": "bf16",
-    "processes": 1,
-    "command": ["train.py", "configs/quickstart.yaml", "--seed", "7"],
+    "dataset": "synthetic", "base_model": None, "local": [], "labels": ["cat", "dog"], "sampling_rate": 16000,
+    "chosen_by": "accuracy", "parameters": 1234567, "trained_parameters": 1234567, "dendrites": None,
+    "precision": "bf16", "processes": 1, "command": ["train.py", "configs/quickstart.yaml", "--seed", "7"],
     "environment": {
         "hardware": "CPU (x86_64)", "python": "3.12.1", "torch": "2.11.0", "transformers": "5.23.0",
         "commit": "329a8dd",
     },
-    "validation": SCORES | {"folds": ["9"]},
-    "test": SCORES
-    | {
-        "folds": ["10"],
-        "per_class": {
-            "cat": {"accuracy": 0.5, "f1": 0.6666667, "clips": 2},
-            "dog": {"accuracy": 1.0, "f1": 0.8, "clips": 2},
-        },
-    },
-    "best_step": 60,
-    "steps": 70,
-    "epochs": 7.0,
-    "train_runtime": 3725.2,
-    "train_steps_per_second": 0.5,
-    "train_samples_per_second": 5.0,
-    "skipped": {},
+    "validation": SCORES | {"folds": ["9"]}, "test": SCORES | {"folds": ["10"], "per_class": PER_CLASS},
+    "best_step": 60, "steps": 70, "epochs": 7.0, "train_runtime": 3725.2, "train_steps_per_second": 0.5,
+    "train_samples_per_second": 5.0, "skipped": {},
 }  # fmt: skip
 RECIPE = {
-    "dataset": "synthetic",
-    "dataset_split": "train",
-    "train_folds": ["1", "2"],
-    "validation_folds": ["9"],
-    "test_folds": ["10"],
-    "drop_leaks": False,
-    "learning_rate": 0.001,
-    "num_train_epochs": 7.0,
-    "precision": "bf16",
-    "seed": 7,
-    "time_mask": 0,
-}
+    "dataset": "synthetic", "dataset_split": "train", "train_folds": ["1", "2"], "validation_folds": ["9"],
+    "test_folds": ["10"], "drop_leaks": False, "learning_rate": 0.001, "num_train_epochs": 7.0, "precision": "bf16",
+    "seed": 7, "time_mask": 0,
+}  # fmt: skip
 BASE, DEND = (
     {
         "name": name, "runs": [name[:4]], "seeds": [7], "accuracy": {"mean": accuracy, "deviation": None},
@@ -76,34 +50,16 @@ BASE, DEND = (
     for name, accuracy, parameters, seconds in (("baseline", 0.5, 1000000, 0.5), ("dendritic", 0.75, 1234567, 0.6))
 )  # fmt: skip
 DIFFERENCE = {"difference": 0.25, "low": -0.25, "high": 0.75, "p": 0.25, "effect_size": None}
-COMPARISON = {
-    "dataset": "synthetic",
-    "clips": 4,
-    "recordings": 3,
-    "scores": ["accuracy"],
-    "sides": [
-        BASE,
-        DEND
-        | {
-            "accuracy": DEND["accuracy"] | DIFFERENCE,
-            "error_reduction_percent": 50.0,
-            "verdict": "These two models do not differ significantly: `dendritic` has +25.00 points of accuracy.",
-        },
-    ],
-}
+VERDICT = "These two models do not differ significantly: `dendritic` has +25.00 points of accuracy."
+DEND |= {"accuracy": DEND["accuracy"] | DIFFERENCE, "error_reduction_percent": 50.0, "verdict": VERDICT}
+COMPARISON = {"dataset": "synthetic", "clips": 4, "recordings": 3, "scores": ["accuracy"], "sides": [BASE, DEND]}
+GROWN = {"event": "grown", "metric": 0.5, "evaluated_dendrites": 0}
 DENDRITES = {
     "layers": {"classifier.dense": 1, "layers.1.mlp.fc1": 2},
     "activation": "sigmoid",
     "growth": [
-        {"step": 20, "metric": 0.5, "evaluated_dendrites": 0, "dendrites": 1, "parameters": 1100000, "event": "grown"},
-        {
-            "step": 40,
-            "metric": 0.625,
-            "evaluated_dendrites": 1,
-            "dendrites": 2,
-            "parameters": 1234567,
-            "event": "grown",
-        },
+        GROWN | {"step": 20, "dendrites": 1, "parameters": 1100000},
+        GROWN | {"step": 40, "dendrites": 2, "parameters": 1234567, "metric": 0.625, "evaluated_dendrites": 1},
     ],
 }
 US8K = {
@@ -264,7 +220,7 @@ def test_paths_of_this_machine_become_their_last_part(text, published):
 SECRET = "correct-horse-battery"
 LEAKS = {
     "what looks like a token": b"x hf_AbCdEfGhIjKlMnOpQrStUv",
-    "the token of the Hub": b"hf_loopbackMayWrite",
+    "the token of the Hub": WRITE_TOKEN.encode(),
     "the value of the environment variable WANDB_API_KEY": SECRET.encode(),
     "a path in the home folder": b"/nowhere/jo/data",
     "a path in a home folder": b"see /gpfs/home/alice/data",
@@ -274,7 +230,8 @@ LEAKS = {
 
 @pytest.mark.parametrize("what", LEAKS)
 @pytest.mark.parametrize("name", ["config.yaml", "README.md", "predictions.parquet", "model.safetensors"])
-def test_whatever_must_not_leave_is_found(what, name, online, tmp_path, monkeypatch):
+def test_whatever_must_not_leave_is_found(what, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("HOME", "/nowhere/jo")
     monkeypatch.setattr(socket, "gethostname", lambda: "node-17.cluster")
@@ -329,17 +286,9 @@ def test_an_older_run_folder_says_by_its_paths_what_is_local(tmp_path):
         read_reports(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("output_dir", "repo_id"),
-    [
-        ("runs/quickstart", "quickstart"),
-        ("runs/urbansound8k/ast_pai", "urbansound8k-ast_pai"),
-        ("/data/my runs/x (2)", "x-2"),
-        ("/data/runs/a/b/", "a-b"),
-    ],
-)
-def test_a_run_folder_has_a_repository_of_its_own(output_dir, repo_id):
-    assert default_hub_model_id(output_dir) == repo_id
+def test_a_run_folder_has_a_repository_of_its_own():
+    folders = ("runs/quickstart", "runs/urbansound8k/ast_pai", "/data/my runs/x (2)", "/data/runs/a/b/")
+    assert [default_hub_model_id(folder) for folder in folders] == ["quickstart", "urbansound8k-ast_pai", "x-2", "a-b"]
 
 
 def test_all_checkpoints_is_no_strategy_here():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import wait
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pandas
 import pytest
 import torch
 import yaml
-from conftest import TINY_AST, TONES, tone_of, write_tones
+from conftest import PAI, tone_of
 from hub.server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, Fault
 from safetensors.torch import load_file
 from transformers import AutoModelForAudioClassification, TrainerCallback
@@ -32,18 +33,6 @@ from audio_dendrites.training.trainer import AudioTrainer
 
 pytest.importorskip("perforatedai", reason="perforatedai has no wheel for this Python; 3.11 and 3.12 have one")
 
-RECIPE = TONES | {
-    "max_length": 80,
-    "model_config": TINY_AST,
-    "per_device_train_batch_size": 4,
-    "num_train_epochs": 3,
-    "learning_rate": 1e-2,
-    "precision": "fp32",
-    "preprocessing_num_workers": 1,
-    "logging_steps": 1,
-    "load_best_model_at_end": False,  # so that what has grown stays
-}
-PAI = {"modules": ["classifier.dense"], "first_growth": 0.25}
 SECRET = "correct-horse-battery"
 MODEL = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 REPORTS = {"config.yaml", "confusion_matrix.png", "learning_curves.png", "metrics.json", "predictions.parquet"}
@@ -51,47 +40,21 @@ PLAIN = MODEL | REPORTS | {"comparison.json"}
 DENDRITIC = PLAIN | {"comparison.md", "comparison.csv", "comparison.png", "dendrites.png", "dendritic.py"}
 
 
-def write_recipe(folder: Path, tones: Path, **changes) -> str:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | {"dataset": str(tones), "output_dir": str(folder / "run")} | changes))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A folder with the run folders of a dendritic model, `run`, and of its baseline, `run_baseline`."""
-    folder = tmp_path_factory.mktemp("home-of-jo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
-        recipe = write_recipe(folder, write_tones(folder / "tones.parquet"), pai=PAI, baseline=True)
-        patch.setattr(sys, "argv", ["train.py", recipe, "--hub_token", "hf_PlantedOnTheCommandLine"])
-        train.main(parse_recipe(sys.argv[1:]))
-    return folder
-
-
 @pytest.fixture
-def runs(trained, tmp_path) -> Path:
-    """A copy of them, and where nobody looks it has secrets."""
-    folder = shutil.copytree(trained, tmp_path / "runs", ignore=shutil.ignore_patterns("datasets"))
+def runs(finished_pair, tmp_path) -> Path:
+    """A copy of the run folders `run` and `run_baseline`, with secrets in files that nobody publishes."""
+    folder = shutil.copytree(finished_pair, tmp_path / "runs")
     for run in (folder / "run", folder / "run_baseline"):
-        for stray in (
-            "notes.md",
-            "training_args.bin",
-            "optimizer.pt",
-            "clip.wav",
-            "secrets.py",
-            "tensorboard/events",
-            "x.png",
-        ):
-            (run / stray).write_text(f"{SECRET} {run}")
-        checkpoint = next(run.glob("checkpoint-*"))
-        (checkpoint / "trainer_state.json").write_text(SECRET)
+        for name in ("notes.md", "training_args.bin", "optimizer.pt", "clip.wav", "secrets.py", "x.png"):
+            (run / name).write_text(f"{SECRET} {run}")
+        for path in (next(run.glob("checkpoint-*")) / "trainer_state.json", run / "tensorboard" / "events"):
+            path.write_text(SECRET)
     return folder
 
 
 @pytest.fixture
 def slept(monkeypatch) -> list[float]:
-    """How long the process meant to wait; it does not."""
+    """The seconds that the process would have slept. It does not sleep."""
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     return waits
@@ -139,7 +102,7 @@ for arguments in ({{"model": "me/tones-baseline"}},
         print(classify.model(**inputs).logits.tolist())
     assert {{one["label"] for one in classify(waveforms[0])}} == {{"high", "low"}}
 """
-    environment = online.environment(tmp_path / "empty", PYTHONPATH="", OMP_NUM_THREADS="1")
+    environment = online.environment(tmp_path / "empty", PYTHONPATH="")
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -153,10 +116,11 @@ for arguments in ({{"model": "me/tones-baseline"}},
 def test_nothing_secret_is_in_anything_the_hub_received(runs, online, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     push(runs)
-    received = [path.read_bytes() for path in (online.folder / "blobs").iterdir()]
-    received += [pandas.read_parquet(path).to_string().encode() for path in (online.folder / "blobs").iterdir()
-                 if path.read_bytes()[:4] == b"PAR1"]  # fmt: skip
-    assert len(received) > 15
+    commits = [commit for repo in online.repos.values() for commit in repo.commits.values()]
+    received = [*online.large.values(), *(file.content for commit in commits for file in commit.tree.values())]
+    tables = [BytesIO(content) for content in received if content[:4] == b"PAR1"]
+    received += [pandas.read_parquet(table).to_string().encode() for table in tables]
+    assert len(set(received)) > 15 and tables
     for secret in (SECRET, "home-of-jo", str(runs), "PlantedOnTheCommandLine", WRITE_TOKEN, socket.gethostname() + "."):
         assert not [content for content in received if secret.encode() in content], secret
     metrics = json.loads(online.files("me/tones")["metrics.json"])
@@ -194,12 +158,12 @@ def test_a_second_push_sends_only_what_is_missing(runs, online, capsys):
 
 def test_options_branch_private_alone_and_folder_names(runs, online, capsys, monkeypatch):
     push(runs, "--private", "--revision", "first", "--without_baseline")
-    assert online.load("model", "me/tones")["private"] and set(online.load("model", "me/tones")["branches"]) == {
+    assert online.repos.keys() == {"models/me/tones"}
+    assert online.repos["models/me/tones"].private and online.repos["models/me/tones"].branches.keys() == {
         "main",
         "first",
     }
     assert online.files("me/tones").keys() == set() and online.files("me/tones", revision="first").keys() == DENDRITIC
-    assert not (online.folder / "repos" / "model--me--tones-baseline.json").exists()
     monkeypatch.chdir(runs.parent)
     publish.main(["runs/run_baseline", "runs/run"])
     assert online.files("me/run").keys() == DENDRITIC and online.files("me/run_baseline").keys() == PLAIN
@@ -260,14 +224,14 @@ def test_a_hub_that_dies_in_the_middle_of_the_weights(runs, online, slept):
     with pytest.raises(PublishError, match="there is no connection to the Hub"):
         push(runs)
     assert digest(runs) == before and "model.safetensors" not in online.files("me/tones-baseline")
-    there = set((online.folder / "blobs").iterdir())
+    there = set(online.large)
     online.log.clear()
     online.start()
     push(runs)
     assert online.files("me/tones").keys() == DENDRITIC and online.files("me/tones-baseline").keys() == PLAIN
     assert (runs / "run" / "model.safetensors").read_bytes() == online.files("me/tones")["model.safetensors"]
     sent = {entry.path.split("/")[2] for entry in requests(online, "PUT /_lfs")}
-    assert sent and not sent & {path.name for path in there}  # what had arrived is not sent again
+    assert sent and not sent & there  # what had arrived is not sent again
 
 
 def test_a_lost_connection_is_taken_up_by_itself(runs, online, slept):
@@ -280,27 +244,23 @@ def test_a_lost_connection_is_taken_up_by_itself(runs, online, slept):
 
 
 @pytest.fixture
-def fit(tones, tmp_path, monkeypatch):
-    """Trains a recipe on `tones`, as train.py does; gives the run folder."""
+def fit(recipe, tmp_path):
+    """A function that trains a recipe as train.py does, pushes to me/live by default, and returns the run folder."""
 
     def fit(folder="run", **changes) -> Path:
-        monkeypatch.setattr("joblib.cpu_count", lambda: 1)
-        changes = {"num_train_epochs": 2, "load_best_model_at_end": True, "push_to_hub": True} | changes
-        changes |= {"output_dir": str(tmp_path / folder)}
-        changes.setdefault("hub_model_id", "me/live")
-        train.main(parse_recipe([write_recipe(tmp_path, tones, **changes)]))
+        changes = {"push_to_hub": True, "hub_model_id": "me/live", "output_dir": str(tmp_path / folder)} | changes
+        train.main(parse_recipe([str(recipe(**changes))]))
         return tmp_path / folder
 
     return fit
 
 
 def titles(hub, repo_id: str) -> list[str]:
-    repo = hub.load("model", repo_id)
-    return [repo["commits"][oid]["title"] for oid in reversed(hub.commits(repo_id))]
+    return [commit.title for commit in reversed(hub.repos[f"models/{repo_id}"].history("main"))]
 
 
 def test_a_training_publishes_itself_at_its_end(fit, online):
-    run = fit(hub_strategy="end")
+    run = fit(hub_strategy="end", num_train_epochs=1)
     assert titles(online, "me/live") == ["initial commit", "Model, figures and card"]
     files = online.files("me/live")
     assert files.keys() == MODEL | REPORTS and "library_name: transformers" in files["README.md"].decode()
@@ -310,47 +270,46 @@ def test_a_training_publishes_itself_at_its_end(fit, online):
 
 
 def test_every_save_publishes_a_model_that_loads(fit, online, tmp_path):
-    fit(hub_strategy="every_save", hub_always_push=True, pai=PAI)
-    steps = [re.search(r"step (\d+)", title)[1] for title in titles(online, "me/live") if "in progress" in title]
-    assert steps == ["2", "4"]
-    commits = online.load("model", "me/live")["commits"]
-    oid = next(oid for oid, commit in commits.items() if commit["title"].endswith("step 4"))
-    files = online.files("me/live", revision=oid)
+    fit(hub_strategy="every_save", hub_always_push=True, pai=PAI, num_train_epochs=2)
+    history = {commit.title: commit.oid for commit in online.repos["models/me/live"].history("main")}
+    steps = [int(re.search(r"step (\d+)", title)[1]) for title in history if "in progress" in title]
+    assert steps == [8, 4]
+    files = online.files("me/live", next(oid for title, oid in history.items() if title.endswith("step 8")))
     assert files.keys() == MODEL | {"dendritic.py"}
     card = files["README.md"].decode()
-    assert "The training is still running: these are the weights of step 4 of 4" in card and "model-index" not in card
+    assert "The training is still running: these are the weights of step 8 of 8" in card and "model-index" not in card
+    (tmp_path / "loaded").mkdir()
     for name, content in files.items():
-        (tmp_path / "loaded").mkdir(exist_ok=True)
         (tmp_path / "loaded" / name).write_bytes(content)
     model = AutoModelForAudioClassification.from_pretrained(tmp_path / "loaded", trust_remote_code=True)
-    assert model.config.dendrites["classifier.dense"]["count"] == 1
+    assert model.config.dendrites["classifier.dense"]["count"] == 2
     assert f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters" in card
 
 
 class Killed(BaseException):
-    """Stands for a machine that goes away: nothing catches it."""
+    """Stands for a machine that fails. Nothing catches it."""
 
 
-class KillAt(TrainerCallback):
-    """Ends the training after a step and what belongs to it, its pushes included."""
-
-    def __init__(self, step: int):
-        self.step = step
+class KillAtStep9(TrainerCallback):
+    """Ends the training in its last epoch, after the pushes of the checkpoints 4 and 8."""
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
+        if state.global_step == 9:
             wait(self.trainer.push_in_progress.jobs)
             raise Killed
 
 
-@pytest.mark.parametrize("pai", [None, PAI | {"max_dendrites": 2}])
-def test_a_training_goes_on_from_the_hubs_last_checkpoint(fit, online, tmp_path, monkeypatch, pai):
-    options = {"num_train_epochs": 4, "pai": pai, "hub_strategy": "checkpoint", "hub_always_push": True}
-    whole = fit("whole", push_to_hub=False, **options)
+@pytest.mark.parametrize("pai", [None, PAI])
+def test_a_training_continues_from_the_last_checkpoint_on_the_hub(
+    fit, online, finished_pair, tmp_path, monkeypatch, pai
+):
+    """No file of the run folders or of the Hub holds the token, which is an argument here."""
+    monkeypatch.delenv("HF_TOKEN")
+    fields = {"pai": pai, "hub_strategy": "checkpoint", "hub_always_push": True, "hub_token": WRITE_TOKEN}
     train_as_before = AudioTrainer.train
 
     def train_and_die(self, *args, **kwargs):
-        callback = KillAt(step=5)
+        callback = KillAtStep9()
         callback.trainer = self
         self.add_callback(callback)
         return train_as_before(self, *args, **kwargs)
@@ -358,17 +317,18 @@ def test_a_training_goes_on_from_the_hubs_last_checkpoint(fit, online, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(AudioTrainer, "train", train_and_die)
         with pytest.raises(Killed):
-            fit("first", **options)
+            fit("first", **fields)
     shutil.rmtree(tmp_path / "first")
     files = online.files("me/live")
-    assert online.load("model", "me/live")["private"] and files.keys() >= MODEL
+    assert online.repos["models/me/live"].private and files.keys() >= MODEL
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"} <= {
         name.split("/")[1] for name in files if name.startswith("last-checkpoint/")
     }
     assert not [name for name in files if name.endswith("training_args.bin")]
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
 
-    second = fit("second", resume_from_checkpoint="me/live", **options)
+    second, whole = fit("second", resume_from_checkpoint="me/live", **fields), finished_pair / "run"
+    whole = whole if pai else finished_pair / "run_baseline"
     tensors, expected = (load_file(run / "model.safetensors") for run in (second, whole))
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
@@ -376,14 +336,17 @@ def test_a_training_goes_on_from_the_hubs_last_checkpoint(fit, online, tmp_path,
     assert steps[0] == steps[1]
     left = online.files("me/live").keys()
     assert not [name for name in left if "checkpoint" in name or name.endswith((".pt", ".pth"))]  # it has ended
+    (tmp_path / "recipe.yaml").unlink()  # this test wrote the token into it
+    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in paths if WRITE_TOKEN.encode() in path.read_bytes()]
     with pytest.raises(UserError, match="me/live has no last-checkpoint/ on the Hub"):
-        fit("third", resume_from_checkpoint="me/live", **options)
+        fit("third", resume_from_checkpoint="me/live", **fields)
     with pytest.raises(UserError, match="me/nothing is not a folder, and the Hub did not give it"):
-        fit("third", resume_from_checkpoint="me/nothing", **options)
+        fit("third", resume_from_checkpoint="me/nothing", **fields)
 
 
-def test_a_training_ends_whatever_the_hub_does(fit, online, slept, caplog):
-    expected = load_file(fit("quiet", push_to_hub=False) / "model.safetensors")
+def test_a_training_ends_whatever_the_hub_does(fit, finished, online, slept, caplog):
+    expected = load_file(finished / "run" / "model.safetensors")
     online.faults.append(Fault(".", 500, "Down for the day.", times=float("inf")))
     run = fit(hub_strategy="every_save")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(run / "model.safetensors").items())
@@ -397,26 +360,18 @@ def test_a_training_ends_whatever_the_hub_does(fit, online, slept, caplog):
 
 
 def test_a_full_disk_costs_a_push_and_no_training(fit, online, caplog, monkeypatch):
+    def full_disk(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr("audio_dendrites.training.trainer.model_card", full_disk)
-    run = fit(hub_strategy="every_save")
-    assert "Step 2 was not pushed. The training continues. [Errno 28] No space left on device" in caplog.text
+    run = fit(hub_strategy="every_save", num_train_epochs=1)
+    assert "Step 4 was not pushed. The training continues. [Errno 28] No space left on device" in caplog.text
     assert not list(run.glob(".push-*")) and "Training in progress" not in " ".join(titles(online, "me/live"))
 
 
-def full_disk(*args):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_token_given_as_an_argument_is_written_nowhere(fit, online, tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN")
-    fit(hub_token=WRITE_TOKEN, hub_strategy="checkpoint")
-    (tmp_path / "recipe.yaml").unlink()  # the recipe of this test itself
-    assert online.files("me/live").keys() == MODEL | REPORTS
-    holding = [path for path in tmp_path.rglob("*") if path.is_file() and WRITE_TOKEN.encode() in path.read_bytes()]
-    assert holding == []
-
-
-def test_a_baseline_and_its_dendritic_model_end_in_two_repositories(fit, online):
+def test_a_baseline_and_its_dendritic_model_end_in_two_repositories(fit, finished_pair, online, tmp_path):
+    for name in ("run", "run_baseline"):  # both are finished, and still to be published
+        shutil.copytree(finished_pair / name, tmp_path / "runs" / name.replace("run", "quick"))
     fit("runs/quick", baseline=True, pai=PAI, hub_model_id=None)
     cards = [online.files(repo_id)["README.md"].decode() for repo_id in ("me/quick", "me/quick-baseline")]
     assert "huggingface.co/me/quick-baseline)" in cards[0] and "huggingface.co/me/quick)" in cards[1]
