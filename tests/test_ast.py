@@ -113,7 +113,7 @@ def test_random_weights_have_no_zero_embeddings():
 @pytest.mark.parametrize(
     ("arguments", "frames", "message"),
     [
-        ({"model_config": {"width": 3}}, 160, "model_config: found width, wanted fields of ASTConfig: attention"),
+        ({"model_config": {"width": 3}}, 160, "model_config must have fields of ASTConfig only, got width; the fields are attention"),
         ({"model_config": {"max_length": 3}}, 160, "max_length and num_mel_bins are fields of the recipe"),
         ({"model_config": {"hidden_size": "big"}}, 160, "model_config: .*'hidden_size'.*expected int, got str"),
         ({"model_config": {"num_attention_heads": 7}}, 160, "multiple of num_attention_heads, got 768 and 7"),
@@ -122,9 +122,9 @@ def test_random_weights_have_no_zero_embeddings():
         ({"model_config": {"initializer_range": -0.1}}, 160, r"initializer_range must be in \(0, inf\), got -0.1"),
         ({"model_config": {"hidden_act": "tahn"}}, 160, "hidden_act must be one of .*tanh.*, got 'tahn'"),
         ({"architecture": "vit", "model_config": {"image_size": 8}}, 160, "at least patch_size, got 8 and 16"),
-        ({}, 12, "max_length: found 12, wanted at least one patch, 16"),
+        ({}, 12, "max_length must be at least one patch, 16, got 12"),
         ({"model": "nowhere"}, 160, "(?s)'nowhere'.*audio_dendrites.data download RECIPE.*--model FOLDER"),
-        ({"unfreeze_last_layers": 13}, 160, "unfreeze_last_layers: found 13, wanted 0 to 12"),
+        ({"unfreeze_last_layers": 13}, 160, "unfreeze_last_layers must be at most 12, the number of layers, got 13"),
     ],
 )
 def test_a_model_that_cannot_be_is_an_error(arguments, frames, message):
@@ -247,5 +247,5 @@ def test_a_model_trained_with_patchout_is_saved_as_any_other(tmp_path):
 
 @pytest.mark.parametrize(("field", "count"), [("patchout_time", 10), ("patchout_frequency", 8)])
 def test_patchout_leaves_something(field, count):
-    with pytest.raises(UserError, match=f"{field}: found {count}, wanted 0 to"):
+    with pytest.raises(UserError, match=f"{field} must be at most {count - 1}, got {count}"):
         load_ast(LABELS, ModelArguments(model_config=TINY_AST, **{field: count}), 160)

@@ -102,13 +102,13 @@ def test_a_call_pads_truncates_and_returns_like_the_stock_extractor(max_length, 
 
 
 def test_another_sampling_rate_is_refused():
-    with pytest.raises(ValueError, match="44100 Hz, the extractor wants 16000"):
+    with pytest.raises(ValueError, match="sampling_rate must be 16000, got 44100"):
         BatchedASTFeatureExtractor()(np.ones(800, np.float32), sampling_rate=44100)
 
 
 @pytest.mark.parametrize("shape", [(399,), (2, 800)])
 def test_a_clip_of_the_wrong_shape_is_refused(shape):
-    with pytest.raises(ValueError, match="wanted: .*at least 400 samples"):
+    with pytest.raises(ValueError, match="at least 400 samples, got"):
         BatchedASTFeatureExtractor().log_mel([np.ones(shape, np.float32)])
 
 

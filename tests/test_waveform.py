@@ -246,8 +246,8 @@ def test_a_saved_waveform_model_starts_another(tmp_path):
     assert torch.equal(start.backbone.fc1.weight, model.backbone.fc1.weight)
     assert not start.backbone.bn0.weight.requires_grad and start.backbone.layers[2].conv1.weight.requires_grad
     for wrong, features, message in (
-        ({"model": arguments["model"]}, {}, "waveform: found false, but the model .* takes waveforms"),
-        (arguments, {"mean": 1.0}, "mean: found 1.0, wanted -5.0, which the front end of"),
+        ({"model": arguments["model"]}, {}, "waveform must be true for .*, which takes waveforms, got false"),
+        (arguments, {"mean": 1.0}, "mean must be -5.0, as in the front end of"),
     ):
         with pytest.raises(UserError, match=message):
             load_extractor(ModelArguments(**wrong), FeatureArguments(**features))
@@ -258,16 +258,16 @@ def test_a_saved_waveform_model_starts_another(tmp_path):
     [
         ({"filter_gain": 0.3}, "filter_gain must be 0 with waveform: true, got 0.3"),
         ({"waveform": False}, "gain must be 0 with waveform: false, got 6.0"),
-        ({"waveform": False, "gain": 0, "noise": 0, "trainable_filters": True}, "trainable_filters: found true, but"),
+        ({"waveform": False, "gain": 0, "noise": 0, "trainable_filters": True}, "trainable_filters must be false with waveform: false"),
         (
             {"trainable_filters": True, "unfreeze_last_layers": 1},
-            "unfreeze_last_layers: found 1, which freezes the mel",
+            "unfreeze_last_layers must be left out with trainable_filters: true, got 1",
         ),
         (
             {"architecture": "cnn14", "activation_checkpointing": True},
-            "activation_checkpointing: found true, which CNN14",
+            "activation_checkpointing must be false, got true: CNN14",
         ),
-        ({"architecture": "cnn14", "attn_implementation": "sdpa"}, "attn_implementation: found sdpa, but CNN14"),
+        ({"architecture": "cnn14", "attn_implementation": "sdpa"}, "attn_implementation must be left out, got sdpa: CNN14"),
     ],
 )
 def test_what_a_recipe_cannot_have_is_said_before_any_data_is_read(run, changes, message):

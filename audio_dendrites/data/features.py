@@ -1,4 +1,4 @@
-"""Waveforms → log-mel, batched, on any device, equal to `ASTFeatureExtractor`, or as they are; the cache on disk."""
+"""Features of clips: log-mel equal to `ASTFeatureExtractor`, or the samples themselves, and their cache on disk."""
 
 import os
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ from audio_dendrites.data.audio import HAS_AV, BadClip, load_waveform, window_sa
 
 # Part of the cache's key. Raise it when the same clip and settings give other numbers than before.
 FEATURES_VERSION = 1
-# Frames computed at once: what a CPU core's second-level cache holds with all intermediate results; and on a
-# GPU, which wants long rows of work, 11 minutes of sound in half a GiB.
+# Frames that are computed at once. On a CPU, they and all intermediate results fit into the second-level cache of a
+# core. On a GPU, they are 11 minutes of sound and take half a GiB.
 _FRAMES_ON_CPU = 384
 _FRAMES_ON_GPU = 2**16
 
 
 class BatchedASTFeatureExtractor(ASTFeatureExtractor):
-    """`ASTFeatureExtractor`, same settings and same numbers, that computes a batch in one pass on any device.
+    """`ASTFeatureExtractor` for batches on any device, with the same settings and the same numbers.
 
-    It holds nothing but its settings, so that pickles and hashes are stable, and saves itself as the stock
-    extractor: a model published with it loads without this package.
+    It holds only its settings, so that pickles and hashes are stable. It saves itself as the stock extractor, so that a
+    published model loads without this package.
     """
 
     stored_as = "float16"  # of the features in the cache
@@ -45,22 +45,22 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
 
     @property
     def row_width(self) -> int:
-        """Numbers in a row of the features, which is a frame."""
+        """Numbers in a row of the features. A row is a frame."""
         return self.num_mel_bins
 
     @property
     def window_layout(self) -> dict[str, int]:
-        """What `windows` has to know of the features."""
+        """The arguments of `windows` for these features."""
         return {"max_length": self.max_length}
 
     @property
     def batch_layout(self) -> dict[str, Any]:
-        """What `SpectrogramCollator` has to know of the features."""
+        """The arguments of `SpectrogramCollator` for these features."""
         return {"max_length": self.max_length, "padding_value": self.padding_level}
 
     @property
     def padding_level(self) -> float:
-        """What a padded frame holds: the stock extractor pads with 0 first and normalises afterwards."""
+        """The value of a padded frame. The stock extractor pads with 0 and then normalises."""
         return (0.0 - self.mean) / (2 * self.std) if self.do_normalize else 0.0
 
     def stock(self) -> ASTFeatureExtractor:
@@ -70,7 +70,7 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
         return ASTFeatureExtractor(**settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Settings under the name of the stock extractor, which `AutoFeatureExtractor` knows."""
+        """The settings under the name of the stock extractor, so that `AutoFeatureExtractor` finds it."""
         return {**super().to_dict(), "feature_extractor_type": ASTFeatureExtractor.__name__}
 
     def log_mel(
@@ -78,32 +78,32 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
         waveforms: Sequence[np.ndarray],
         device: str | torch.device = "cpu",
     ) -> list[torch.Tensor]:
-        """Log-mel filter bank energies at every clip's own length.
+        """Log-mel filter bank energies of each clip at its own length.
 
         The formula is `torchaudio.compliance.kaldi.fbank(window_type="hanning", num_mel_bins=num_mel_bins)`:
         25 ms windows every 10 ms, without padding at the ends.
 
         Args:
-            waveforms: Mono clips of shape (samples,), any lengths from one window up, at `sampling_rate`.
+            waveforms: Mono clips of shape (samples,) at `sampling_rate`. Each has at least one window.
             device: Where to compute.
 
         Returns:
-            One tensor (frames, num_mel_bins) a clip, float32 on `device`, normalised by
-            `(x - mean) / (2 * std)` if `do_normalize`. They are slices of one tensor.
+            For each clip a tensor (frames, num_mel_bins), float32 on `device`, normalised by
+            `(x - mean) / (2 * std)` if `do_normalize`. The tensors are slices of one tensor.
 
         Raises:
-            ValueError: A clip is not one-dimensional or shorter than one window.
+            ValueError: A clip is not one-dimensional, or it is shorter than one window.
         """
         window, hop = window_samples(self.sampling_rate), int(self.sampling_rate * 10.0 * 0.001)
         for waveform in waveforms:
             if waveform.ndim != 1 or len(waveform) < window:
                 raise ValueError(
-                    f"a clip has the shape {waveform.shape}; wanted: (samples,), at least {window} samples"
+                    f"a clip must have the shape (samples,) and at least {window} samples, got {waveform.shape}"
                 )
         if not len(waveforms):
             return []
-        # With every clip padded to whole hops, the frames of all clips are rows of one strided view without
-        # a copy. The rows that span two clips, or padding, are computed in vain: two or three a clip.
+        # Each clip is padded to whole hops. The frames of all clips are then rows of one strided view, without a copy.
+        # Two or three rows of each clip reach into padding or into the next clip. They are not used.
         hops = [-(-len(waveform) // hop) for waveform in waveforms]
         signal = np.zeros(sum(hops) * hop + window, dtype=np.float32)
         starts = np.cumsum([0, *hops[:-1]])
@@ -117,7 +117,7 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
         frames = [1 + (len(waveform) - window) // hop for waveform in waveforms]
         return [energies[start : start + count] for start, count in zip(starts, frames, strict=True)]
 
-    features = log_mel  # what `extract_features` stores of a clip
+    features = log_mel  # `extract_features` stores them
 
     def __call__(
         self,
@@ -127,11 +127,11 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
         device: str | torch.device = "cpu",
         **kwargs: Any,
     ) -> BatchFeature:
-        """The stock extractor's call: one clip or a batch → `input_values`, padded or cut to `max_length`.
+        """Make `input_values` of one clip or a batch, padded or cut to `max_length`, as the stock extractor does.
 
         Args:
             raw_speech: One mono clip or several, at `sampling_rate`.
-            sampling_rate: Rate of the clips in Hz, checked against the extractor's own.
+            sampling_rate: Rate of the clips in Hz. It must be the rate of the extractor.
             return_tensors: "pt" (on `device`), "np", or None for a list of arrays.
             device: Where to compute.
             **kwargs: Ignored, as by the stock extractor.
@@ -140,10 +140,10 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
             `input_values` (batch, max_length, num_mel_bins), float32.
 
         Raises:
-            ValueError: Another sampling rate than the extractor's, or a clip that `log_mel` refuses.
+            ValueError: The sampling rate is not that of the extractor, or `log_mel` refuses a clip.
         """
         if sampling_rate not in (None, self.sampling_rate):
-            raise ValueError(f"the clips have {sampling_rate} Hz, the extractor wants {self.sampling_rate}")
+            raise ValueError(f"sampling_rate must be {self.sampling_rate}, got {sampling_rate}")
         batched = np.ndim(raw_speech[0]) > 0
         clips = [np.asarray(clip, dtype=np.float32) for clip in (raw_speech if batched else [raw_speech])]
         shape = (len(clips), self.max_length, self.num_mel_bins)
@@ -180,7 +180,7 @@ class Samples:
 
     @property
     def window_layout(self) -> dict[str, int]:
-        """What `windows` has to know of the features."""
+        """The arguments of `windows` for these features."""
         return {name: getattr(self, name) for name in ("max_length", "window_length", "hop_length")}
 
     def features(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
@@ -207,12 +207,12 @@ class Waveforms(Samples):
 
     @property
     def batch_layout(self) -> dict[str, Any]:
-        """What `WaveformCollator` has to know of the model's spectrogram."""
+        """The arguments of `WaveformCollator` for the model's spectrogram."""
         padding = (0.0 - self.mean) / (2 * self.std)
         return self.window_layout | {"num_mel_bins": self.num_mel_bins, "padding_value": padding}
 
     def stock(self) -> Wav2Vec2FeatureExtractor:
-        """The extractor of transformers that only pads, for `pipeline`."""
+        """An extractor of transformers that only pads, for `pipeline`."""
         return Wav2Vec2FeatureExtractor(
             sampling_rate=self.sampling_rate, do_normalize=False, return_attention_mask=True
         )
@@ -231,7 +231,7 @@ class ExtractorClips(Samples):
 
     @property
     def batch_layout(self) -> dict[str, Any]:
-        """What `ExtractorCollator` has to know."""
+        """The arguments of `ExtractorCollator`."""
         return self.window_layout | {"extractor": self.extractor}
 
     @property
@@ -249,7 +249,7 @@ Inputs = BatchedASTFeatureExtractor | Waveforms | ExtractorClips  # what a model
 
 @dataclass(frozen=True)
 class LogMelMoments:
-    """What the mean and the standard deviation of the log-mel are computed from, for `extract_features`.
+    """Moments of the log-mel for `extract_features`. The mean and the standard deviation follow from them.
 
     Attributes:
         sampling_rate: In Hz.
@@ -266,7 +266,7 @@ class LogMelMoments:
         return {"moments": True, **vars(self)}
 
     def features(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Of each clip's log-mel before normalisation: how many numbers, their sum, and their squares' sum; float64."""
+        """For each clip the count, the sum and the sum of squares of its log-mel before normalisation, float64."""
         extractor = BatchedASTFeatureExtractor(**vars(self), do_normalize=False)
         clips = [energies.double() for energies in extractor.log_mel(waveforms)]
         return [torch.stack([torch.ones_like(clip).sum(), clip.sum(), clip.square().sum()]) for clip in clips]
@@ -276,13 +276,14 @@ class LogMelMoments:
 def _window_and_mel_bands(
     sampling_rate: int, num_mel_bins: int, device: torch.device
 ) -> tuple[torch.Tensor, list[tuple[slice, slice, torch.Tensor]]]:
-    """Hann window (window,) and Kaldi's mel filters, float32, the filters in bands of 32.
+    """The Hann window (window,), and the mel filters of Kaldi in bands of 32, float32.
 
-    A filter spans few of the spectrum's bins, so a band is multiplied with its own bins alone: a quarter of
-    the arithmetic. All this is kept here, not in the extractor, whose pickle is a key of caches.
+    A filter covers few bins of the spectrum. Each band is therefore multiplied with its own bins only, which is a
+    quarter of the arithmetic. The filters are kept here and not in the extractor, because its pickle is part of the key
+    of the cache.
 
     Returns:
-        The window, and for every band its filters' columns, its bins, and the weights (bins, filters).
+        The window, and for each band the columns of its filters, its bins, and the weights (bins, filters).
     """
     window = window_samples(sampling_rate)
     # Kaldi's defaults: from 20 Hz to the Nyquist frequency; no vocal tract length warping.
@@ -296,18 +297,18 @@ def _window_and_mel_bands(
 
 
 def _fft_size(window: int) -> int:
-    """The power of two that holds a window of so many samples."""
+    """The smallest power of two that is at least the number of samples of the window."""
     return 1 << (window - 1).bit_length()
 
 
 def _log_mel_energies(frames: torch.Tensor, sampling_rate: int, num_mel_bins: int) -> torch.Tensor:
-    """Kaldi's filter bank for rows of samples.
+    """The filter bank of Kaldi for rows of samples.
 
-    Up to the spectrum every step rounds as in `torchaudio.compliance.kaldi.fbank`: a pure tone lies 100 dB
-    above the rounding errors of its spectrum, and these errors are the log-mel values of the silent bands.
+    Up to the spectrum, each step rounds as in `torchaudio.compliance.kaldi.fbank`. The rounding errors matter: for a
+    pure tone they are the log-mel values of the silent bands.
 
     Args:
-        frames: (frames, window), float32; may be a view with overlapping rows.
+        frames: (frames, window), float32. It may be a view with overlapping rows.
         sampling_rate: In Hz.
         num_mel_bins: Number of filters.
 
@@ -326,7 +327,7 @@ def _log_mel_energies(frames: torch.Tensor, sampling_rate: int, num_mel_bins: in
         torch.sub(centred, emphasised, out=emphasised)
         emphasised *= window
         parts = torch.view_as_real(torch.fft.rfft(padded[: len(rows)]))
-        parts *= parts  # |z|² without the square root that `abs` takes only for `pow` to undo it
+        parts *= parts  # |z|², without the square root in `abs`
         power = parts[..., 0] + parts[..., 1]
         for filters, bins, weights in bands:
             torch.mm(power[:, bins], weights, out=out[:, filters])
@@ -343,28 +344,28 @@ def extract_features(
     channel: str = "mean",
     desc: str = "Features",
 ) -> datasets.Dataset:
-    """Replace the audio of a data set by its features, log-mel or waveforms, cached on disk.
+    """Replace the audio of a data set by its features, and keep them in a cache on disk.
 
-    The cache is found again by the data set's fingerprint and the extractor's settings that change a number:
-    another `max_length` or `num_proc` uses the same files. A data set made in memory has no cache.
+    The key of the cache is the fingerprint of the data set and the settings of the extractor that change a number.
+    Another `max_length` or `num_proc` uses the same files. A data set that is made in memory has no cache.
 
     Args:
         clips: Rows with an audio column (bytes or paths).
-        extractor: Whose `features` to store.
+        extractor: Computes the features.
         audio_column: The column to replace.
-        id_column: Column that names a clip in error messages; its path or row number if not given.
-        num_proc: Processes; None: this one.
-        batch_size: Clips a call; more only takes more memory.
+        id_column: Column with the name of a clip for error messages. Default: the path or the row number.
+        num_proc: Number of processes. None means this process.
+        batch_size: Clips in each call. More clips only take more memory.
         channel: As in `load_waveform`.
         desc: Title of the progress bar.
 
     Returns:
-        The other columns and two new ones: `input_values`, float16, (frames * num_mel_bins,) frame by frame or
-        (samples,), at the clip's own length, or of moments float64, (3,); and `error`: "", or why the clip could not be
-        read and has no values.
+        The other columns and two new ones. `input_values` has (frames * num_mel_bins,), frame by frame, or (samples,),
+        float16, at the length of the clip, or moments (3,), float64. `error` is "", or the reason why the clip could
+        not be read. Such a clip has no values.
 
     Raises:
-        ValueError: The data set lacks the audio column or has one that is named as a new one.
+        ValueError: The data set has no audio column, or has a column with the name of a new one.
     """
     if audio_column not in clips.column_names:
         raise ValueError(f"no column {audio_column!r}; the data set has {clips.column_names}")
@@ -415,7 +416,7 @@ def _extract_batch(
 ) -> pa.Table:
     """One batch of `extract_features`: the table without its audio, with `input_values` and `error`."""
     if os.getpid() != caller:
-        # One process a core; and a forked process that starts threads waits for those of its parent for ever.
+        # Each core has a process. A forked process that starts threads would wait for those of its parent for ever.
         torch.set_num_threads(1)
     names = clips[id_column].to_pylist() if id_column else [None] * len(rows)
     waveforms, errors = {}, [""] * len(rows)
@@ -441,7 +442,7 @@ def _extract_batch(
 
 
 def feature_lengths(features: datasets.Dataset, row_width: int | None) -> np.ndarray:
-    """Frames, or with no width of a frame samples, of each row that `extract_features` gives; reads none of them."""
+    """The number of rows of each clip's features, (clips,): frames, or samples if `row_width` is None."""
     chunks = features.data.column("input_values").chunks
     return np.concatenate([pc.list_value_length(chunk).to_numpy() for chunk in chunks]) // (row_width or 1)
 
@@ -451,8 +452,8 @@ class ClipFeatures(Dataset):
 
     Args:
         features: Rows with `input_values`.
-        labels: Of each row the class number, or 0 or 1 for each class.
-        num_mel_bins: Width of a frame; none for waveforms.
+        labels: The class number of each row, or 0 or 1 for each class.
+        num_mel_bins: Width of a frame. None for waveforms.
     """
 
     def __init__(self, features: datasets.Dataset, labels: Sequence[int], num_mel_bins: int | None):
@@ -468,11 +469,11 @@ class ClipFeatures(Dataset):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The examples of a batch, read from the disk in one go; torch's data loader calls this."""
+        """The examples of a batch, read from the disk at once. The data loader of torch calls this."""
         clips = self._values[list(rows)]["input_values"]
         return [
             {
-                # A copy, because the cache file in memory is read-only.
+                # A copy, because the mapped file is read-only.
                 "input_values": torch.from_numpy(clip.values.to_numpy().reshape(self._shape).copy()),
                 "labels": self._labels[row],
             }
@@ -481,12 +482,12 @@ class ClipFeatures(Dataset):
 
 
 class ExactFeatures(Dataset):
-    """The examples of `ClipFeatures` computed anew in float32: what `pipeline` sees, without the cache's rounding.
+    """The examples of `ClipFeatures`, computed in float32 as `pipeline` does, without the rounding of the cache.
 
     Args:
         clips: Rows with an audio column (bytes or paths).
-        labels: Of each row the class number, or 0 or 1 for each class.
-        extractor: Whose `features` to compute.
+        labels: The class number of each row, or 0 or 1 for each class.
+        extractor: Computes the features.
         audio_column: The column with the sound.
         channel: As in `load_waveform`.
     """

@@ -17,28 +17,27 @@ IMAGE_MODELS = {DeiTConfig.model_type: DeiTModel, ViTConfig.model_type: ViTModel
 
 
 def draw_embeddings(model: ASTForAudioClassification) -> None:
-    """Draw token and position embeddings, which transformers starts at zero, where patches cannot be told apart."""
+    """Draw token and position embeddings. transformers sets them to zero, so that all patches would look the same."""
     embeddings = model.audio_spectrogram_transformer.embeddings
     for parameter in (embeddings.cls_token, embeddings.distillation_token, embeddings.position_embeddings):
         trunc_normal_(parameter, std=0.02)  # ViT's and the paper's own
 
 
 def weights_of_images(images: DeiTModel | ViTModel, config: ASTConfig) -> dict[str, torch.Tensor]:
-    """What a transformer has learned from images, as the weights of an AST, as the paper's code takes them.
+    """The weights of a transformer that was trained on images, as the weights of an AST, as in the paper's code.
 
-    The patch kernel is summed over the colours. A spectrogram is a grey image, of which it then makes what it made of
-    images; the paper speaks of the average and means the same, and its code (src/models/ast_models.py) sums. Each axis
-    of the position embeddings is cut from the centre where the spectrogram has fewer patches than the image, and
-    interpolated bilinearly where it has more. Class and distillation token are kept. A ViT without distillation token
-    gets its class token a second time: an AST averages the two, and two class tokens do as well as one (Touvron et al.
-    2021, arXiv:2012.12877).
+    The patch kernel is summed over the colours, because a spectrogram is a grey image. (The paper says average, its
+    code in src/models/ast_models.py sums.) Each axis of the position embeddings is cut at the centre if the spectrogram
+    has fewer patches than the image, and interpolated bilinearly if it has more. Class and distillation token are kept.
+    A ViT without a distillation token gets its class token twice: an AST averages the two tokens, and two class tokens
+    do as well as one (Touvron et al. 2021, arXiv:2012.12877).
 
     Args:
-        images: The pretrained model, without a pooling layer, of any width, depth and size of image.
-        config: Of the AST; its bands, frames and strides give the grid of patches.
+        images: The pretrained model without a pooling layer. It has any width, depth and size of image.
+        config: The configuration of the AST. Its bands, frames and strides give the grid of patches.
 
     Returns:
-        The weights by name, those of an `ASTModel` where `config` has the width, depth and patches of `images`.
+        The weights by name. They are those of an `ASTModel` if `config` has the width, depth and patches of `images`.
     """
     patches = images.embeddings.patch_embeddings
     old_grid = tuple(size // patch for size, patch in zip(patches.image_size, patches.patch_size, strict=True))
@@ -61,7 +60,7 @@ def resample_embeddings(model: ASTForAudioClassification, pretrained: ASTConfig)
 
     Args:
         model: Changed in place.
-        pretrained: The configuration that its weights are of.
+        pretrained: The configuration of the pretrained weights.
     """
     old_grid, new_grid = patch_grid(pretrained), patch_grid(model.config)
     if new_grid == old_grid:
@@ -84,15 +83,15 @@ def resample_position_embeddings(
     """Fit pretrained position embeddings to another grid of patches, as the AST paper's code does.
 
     Args:
-        embeddings: (1, 2 + frequency · time, width), the first two rows those of class and distillation token.
-        old_grid: Patches over (frequency, time) they were trained for.
-        new_grid: Patches wanted.
-        cut_time: Whether a shorter time axis is cut from the centre, right where patches keep their spacing, instead
-            of being squeezed. All other changes interpolate bilinearly.
+        embeddings: (1, 2 + frequency · time, width). The first two rows are those of class and distillation token.
+        old_grid: Number of patches over (frequency, time) in training.
+        new_grid: Number of patches of the result.
+        cut_time: Whether a shorter time axis is cut at the centre. This is right if the patches keep their spacing. All
+            other changes interpolate bilinearly.
         cut_frequency: The same over frequency.
 
     Returns:
-        (1, 2 + new frequency · new time, width), same dtype; the two tokens' rows unchanged.
+        (1, 2 + new frequency · new time, width), same dtype. The rows of the two tokens are unchanged.
     """
     tokens, patches = embeddings[:, :SPECIAL_TOKENS], embeddings[:, SPECIAL_TOKENS:]
     grid = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
@@ -113,7 +112,7 @@ def patch_grid(config: ASTConfig) -> tuple[int, int]:
     """
     for field in ("num_mel_bins", "max_length"):
         if getattr(config, field) < config.patch_size:
-            raise UserError(f"{field}: found {getattr(config, field)}, wanted at least one patch, {config.patch_size}")
+            raise UserError(f"{field} must be at least one patch, {config.patch_size}, got {getattr(config, field)}")
     return (
         (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1,
         (config.max_length - config.patch_size) // config.time_stride + 1,
@@ -121,11 +120,11 @@ def patch_grid(config: ASTConfig) -> tuple[int, int]:
 
 
 def add_patchout(model: ASTForAudioClassification, frequency: int, time: int) -> None:
-    """Drop rows and columns of patches while training: less to compute, and a regulariser.
+    """Drop rows and columns of patches in training. This saves computation and regularises.
 
-    This is the structured patchout of PaSST (Koutini et al. 2022, arXiv:2110.05069): behind the position embeddings,
-    the same patches in all clips of a batch. They are drawn from torch's own random state, which checkpoints hold, as
-    dropout's are. Evaluation sees every patch, and a saved model knows nothing of it.
+    This is the structured patchout of PaSST (Koutini et al. 2022, arXiv:2110.05069). It drops the same patches in all
+    clips of a batch, behind the position embeddings. They are drawn from torch's random state, which checkpoints hold.
+    Evaluation sees every patch. A saved model does not have the hook.
 
     Args:
         model: Changed in place, by a hook.
@@ -133,12 +132,12 @@ def add_patchout(model: ASTForAudioClassification, frequency: int, time: int) ->
         time: Columns of the grid to drop.
 
     Raises:
-        UserError: Nothing would be left.
+        UserError: No patch would be left.
     """
     grid = patch_grid(model.config)
     for field, dropped, count in (("patchout_frequency", frequency, grid[0]), ("patchout_time", time, grid[1])):
         if not 0 <= dropped < count:
-            raise UserError(f"{field}: found {dropped}, wanted 0 to {count - 1}: the model has {count} patches there")
+            raise UserError(f"{field} must be at most {count - 1}, got {dropped}: the model has {count} patches there")
     model.audio_spectrogram_transformer.embeddings.register_forward_hook(partial(_patchout, grid, (frequency, time)))
 
 

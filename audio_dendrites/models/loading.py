@@ -45,13 +45,13 @@ TOLERANCE = 0.02  # of `match_parameters`
 
 
 def load_extractor(model: ModelArguments, features: FeatureArguments) -> Inputs:
-    """The feature extractor of the pretrained model, or ASTFeatureExtractor's defaults, as the recipe changes it.
+    """The feature extractor of the pretrained model, or of ASTFeatureExtractor's defaults, with the recipe's settings.
 
-    With `waveform` its settings become those of the model's front end, and the features are the waveforms. A setting
-    that is still auto counts as left out.
+    With `waveform` the settings become those of the model's front end, and the features are waveforms. A setting that
+    is still auto is left out.
 
     Raises:
-        UserError: The pretrained model has none, or a setting makes no sense.
+        UserError: The pretrained model has no feature extractor, or a setting is not allowed.
     """
     settings = {name: value for name, value in vars(features).items() if value is not None}
     pretrained = None if model.model is None else _pretrained_config(model)
@@ -65,7 +65,7 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Inputs:
         if not model.waveform:
             raise UserError("convention must be kaldi with waveform: false, got librosa, which the model computes")
         settings = {"mean": 0.0, "std": 0.5} | settings
-    if pretrained is None or pretrained.model_type in IMAGE_MODELS:  # beside which is what prepares pictures
+    if pretrained is None or pretrained.model_type in IMAGE_MODELS:  # its extractor is for pictures
         log_mel = BatchedASTFeatureExtractor(**settings)
     else:
         try:
@@ -83,12 +83,11 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Inputs:
 
 
 def check_model(recipe: Recipe, extractor: Inputs) -> PreTrainedModel:
-    """Find out, before any data is read, whether the model can do what the recipe asks of it.
+    """Check, before any data is read, that the model can do what the recipe asks for.
 
     Returns:
-        The model on the meta device, that is without weights, or on the CPU if it has a feature extractor.
-        Its classes are those of the pretrained model or of the
-        recipe; they are two if neither lists them.
+        The model on the meta device, that is without weights, or on the CPU if it has a feature extractor. Its classes
+        are those of the pretrained model or of the recipe. If neither lists them, they are two.
 
     Raises:
         UserError: As `load_model`, an augmentation needs another kind of input, or the model has no gradient

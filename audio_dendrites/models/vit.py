@@ -14,7 +14,7 @@ from .dendritic import DendriticMixin
 
 
 class MelViTConfig(ViTConfig):
-    """`ViTConfig` of a ViT that sees log-mel spectrograms of any size, resized to `image_size`.
+    """`ViTConfig` of a ViT for log-mel spectrograms. Spectrograms of any size are resized to `image_size`.
 
     Args:
         dendrites: Module name to `{"count": dendrites, "activation": name}`.
@@ -26,9 +26,9 @@ class MelViTConfig(ViTConfig):
 
 
 class MelViTForAudioClassification(DendriticMixin, PreTrainedModel):
-    """A ViT whose image is the spectrogram, low bands on top, in each colour; with a linear head on the class token.
+    """A ViT with a linear head on the class token. It sees a spectrogram in each colour, with the low bands on top.
 
-    The names are those of `ViTForImageClassification`, so that `from_pretrained` takes the weights of any ViT.
+    Tensors have the names of `ViTForImageClassification`, so that `from_pretrained` takes the weights of any ViT.
     """
 
     config_class = MelViTConfig

@@ -1,7 +1,7 @@
-"""Waveform in: the log-mel spectrogram is computed by the model, on its device; needs torch and transformers only.
+"""Models that take waveforms and compute the log-mel spectrogram on their device.
 
-This file is copied, with those of the networks behind it, into every saved model folder, where `trust_remote_code=True`
-runs it: it imports nothing else of the project it comes from.
+This file and those of the networks are copied into every saved model folder, where `trust_remote_code=True` runs them.
+They need torch and transformers only.
 """
 
 import warnings
@@ -28,18 +28,19 @@ FLOOR = {"kaldi": torch.finfo(torch.float32).eps, "librosa": 1e-10}  # of the en
 
 
 class WaveformConfig(PreTrainedConfig):
-    """A network on spectrograms, and the spectrogram it gets.
+    """A network for spectrograms, and the spectrogram that it gets.
 
     Args:
         backbone: The network's configuration, of a type in `BACKBONES`.
-        convention: How the log-mel is computed. kaldi: as `ASTFeatureExtractor`, symmetric Hann windows within the
-            clip, mean removed, pre-emphasis, natural logarithm. librosa: as PANNs, periodic Hann windows centred on
-            every hop, the clip reflected at its ends, Slaney's mel scale and norm, decibels.
-        sampling_rate: Of the waveforms, in Hz.
+        convention: How the log-mel is computed. kaldi is that of `ASTFeatureExtractor`: symmetric Hann windows within
+            the clip, mean removed, pre-emphasis, natural logarithm. librosa is that of PANNs: periodic Hann windows
+            centred on every hop, the clip reflected at its ends, mel scale and norm of Slaney, decibels.
+        sampling_rate: Sampling rate of the waveforms in Hz.
         window_length, hop_length: In samples.
         num_mel_bins, low_frequency, high_frequency: The mel filters and their range in Hz.
         mean, std: The log-mel is normalised by `(x - mean) / (2 * std)`.
-        max_length: Frames the network gets: shorter clips are padded and longer ones cut; none takes a clip as it is.
+        max_length: Number of frames that the network gets. Shorter clips are padded, longer ones are cut. With None a
+            clip keeps its length.
         trainable_filters: Whether the mel filters learn.
         dendrites: Module name to `{"count": dendrites, "activation": name}`.
     """
@@ -83,8 +84,8 @@ class WaveformConfig(PreTrainedConfig):
 class LogMel(nn.Module):
     """Log-mel spectrograms, always in float32.
 
-    `filters`, (frequencies, mel bands), is a parameter or a buffer. `window`, (window_length,), is a buffer that no
-    file holds: ONNX has no function for it.
+    `filters`, (frequencies, mel bands), is a parameter or a buffer. `window`, (window_length,), is a buffer that is not
+    saved. It is a buffer because ONNX has no Hann window.
     """
 
     def __init__(self, config: WaveformConfig):
@@ -93,7 +94,7 @@ class LogMel(nn.Module):
         kaldi = config.convention == "kaldi"
         self.fft_length = 1 << (config.window_length - 1).bit_length() if kaldi else config.window_length
         with warnings.catch_warnings():
-            # The lowest of AST's 128 filters lie between two frequencies and are all zero, as its extractor's are.
+            # The lowest of AST's 128 filters lie between two frequencies and are zero, as in its feature extractor.
             warnings.filterwarnings("ignore", "At least one mel filter has all zero values")
             filters = mel_filter_bank(
                 1 + self.fft_length // 2, config.num_mel_bins, config.low_frequency, config.high_frequency,
@@ -113,7 +114,7 @@ class LogMel(nn.Module):
         return torch.hann_window(self.config.window_length, periodic, dtype=torch.float32, device="cpu")
 
     def samples(self, frames: int) -> int:
-        """Samples of so many frames."""
+        """Number of samples of a number of frames."""
         return (frames - 1) * self.config.hop_length + (self.config.convention == "kaldi") * self.config.window_length
 
     def forward(self, waveforms: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
@@ -124,8 +125,8 @@ class LogMel(nn.Module):
             inside: (batch, samples), False where a clip is padded.
 
         Returns:
-            (batch, frames, num_mel_bins), float32. Kaldi's frames that reach into padding hold what
-            `ASTFeatureExtractor` pads with; librosa's are those of silence.
+            (batch, frames, num_mel_bins), float32. With kaldi, frames that reach into padding hold the padding value of
+            `ASTFeatureExtractor`. With librosa, they are frames of silence.
         """
         kaldi = self.config.convention == "kaldi"
         with torch.autocast(waveforms.device.type, enabled=False):
@@ -154,7 +155,7 @@ class LogMel(nn.Module):
 
 
 class WaveformForAudioClassification(DendriticMixin, PreTrainedModel):
-    """A front end and a network behind it."""
+    """A front end that computes spectrograms, and a network."""
 
     config_class = WaveformConfig
     main_input_name = "input_values"
@@ -183,14 +184,14 @@ class WaveformForAudioClassification(DendriticMixin, PreTrainedModel):
 
         Args:
             input_values: (batch, samples) at `sampling_rate`, full scale at ±1.
-            attention_mask: (batch, samples), 0 where a clip is padded; left out, none is.
+            attention_mask: (batch, samples), 0 where a clip is padded. None means no padding.
             masked_frames: (batch, frames), True where the spectrogram is set to `mask_value`, for SpecAugment.
             masked_bands: (batch, num_mel_bins), the same.
             mask_value: 0 is the mean.
-            labels: Class numbers (batch,); with them there is a loss.
+            labels: Class numbers (batch,), for a loss.
 
         Returns:
-            `logits` (batch, num_labels) and `loss`.
+            `logits` (batch, num_labels), and `loss` if there are labels.
         """
         inside = torch.ones_like(input_values) if attention_mask is None else attention_mask
         log_mel = self.front_end(self._fit(input_values), self._fit(inside.bool()))
@@ -208,7 +209,7 @@ class WaveformForAudioClassification(DendriticMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LogMel):  # `from_pretrained` leaves buffers that no file holds empty
+        if isinstance(module, LogMel):  # `from_pretrained` does not fill buffers that are not saved
             init.copy_(module.window, module.hann_window())
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
             self.backbone._init_weights(module)

@@ -32,6 +32,7 @@ from audio_dendrites.models.finished import load_finished
 
 TOLERANCE = 1e-5  # largest difference of a logit, as a share of the batch's largest logit
 BATCHES = (1, 4)  # clips that are compared. The model is traced with two, so a fixed number of clips would fail.
+SHORTEST = 400  # samples that a clip has at least: 25 ms at 16 kHz
 SHORT = 7  # Waveforms are compared whole and cut to 1/7 of their length, so a fixed length would fail.
 LARGEST_ONNX = 2**31 - 2**24  # bytes of weights. A protobuf message has at most 2 GiB, and the graph needs some of it.
 Logits = Callable[[torch.Tensor], torch.Tensor]
@@ -93,7 +94,7 @@ def example_features(extractor: FeatureExtractionMixin, clips: int) -> torch.Ten
     ]
     waveforms = [waveform.astype(np.float32) for waveform in waveforms]
     features = extractor(waveforms, sampling_rate=extractor.sampling_rate, return_tensors="pt")
-    return features["input_values"].float()
+    return features[extractor.model_input_names[0]].float()
 
 
 def metadata(run: Path, model: PreTrainedModel, extractor: FeatureExtractionMixin) -> dict[str, str]:
@@ -148,7 +149,8 @@ class _Logits(nn.Module):
 
 def _traced(model: PreTrainedModel, features: torch.Tensor) -> torch.export.ExportedProgram:
     """The model as a graph for any number of clips and, if it takes waveforms, of samples."""
-    axes = {"input_values": _free_axes(features, torch.export.Dim)}
+    free = {"batch": torch.export.Dim("batch"), "samples": torch.export.Dim("samples", min=SHORTEST)}
+    axes = {"input_values": _free_axes(features, free.get)}
     # Pooling and memory layouts make torch assume that the number of frames is odd, or even, as in the trace. The graph
     # is the same for all lengths (`check_parity` tries two), so these assertions are deferred, and dropped below.
     program = torch.export.export(
