@@ -113,8 +113,6 @@ def test_the_command_line_overrides_yaml_and_yaml_overrides_the_inherited(recipe
         ("pai: {}\nema_decay: 0.9", "ema_decay must not be set together with pai, got 0.9 and {}; a moving average"),
         ("average_checkpoints: 2\nema_decay: 0.9", "ema_decay must not be set together with average_checkpoints"),
         ("baseline: true", "baseline must be false with pai: null, got true"),
-        ("gain: 6", "gain must be 0 with waveform: false, got 6.0; it changes waveforms"),
-        ("waveform: true\nroll_padded: true", "roll_padded must be false with waveform: true, got true"),
         ("loss: bce\nlabel_smoothing_factor: 0.1", "label_smoothing_factor must be 0 with loss: bce, got 0.1"),
         ("bf16: true\nfp16: true", "fp16 must be false with bf16: true, got true; set one of them"),
         ("balanced_sampling: true\nclass_weights: auto", "class_weights must be left out with balanced_sampling: true"),

@@ -256,8 +256,8 @@ def test_a_saved_waveform_model_starts_another(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"filter_gain": 0.3}, "filter_gain must be 0 with waveform: true, got 0.3"),
-        ({"waveform": False}, "gain must be 0 with waveform: false, got 6.0"),
+        ({"filter_gain": 0.3}, "filter_gain must be 0.0 for this model, got 0.3: its batches are made of waveforms"),
+        ({"waveform": False}, "gain must be 0.0 for this model, got 6.0: its batches are made of spectrograms"),
         ({"waveform": False, "gain": 0, "noise": 0, "trainable_filters": True}, "trainable_filters must be false with waveform: false"),
         (
             {"trainable_filters": True, "unfreeze_last_layers": 1},
