@@ -10,7 +10,8 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassificati
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.ast import resample_position_embeddings
-from audio_dendrites.models.loading import check_model, learning_rates, load_extractor, load_model, load_teacher
+from audio_dendrites.models.families import learning_rates
+from audio_dendrites.models.loading import check_model, load_extractor, load_model, load_teacher
 from audio_dendrites.recipes import FeatureArguments, ModelArguments, parse_recipe
 
 LABELS = ["a", "b", "c"]
@@ -113,7 +114,11 @@ def test_random_weights_have_no_zero_embeddings():
 @pytest.mark.parametrize(
     ("arguments", "frames", "message"),
     [
-        ({"model_config": {"width": 3}}, 160, "model_config must have fields of ASTConfig only, got width; the fields are attention"),
+        (
+            {"model_config": {"width": 3}},
+            160,
+            "must have fields of ASTConfig only, got width; the fields are attention",
+        ),
         ({"model_config": {"max_length": 3}}, 160, "max_length and num_mel_bins are fields of the recipe"),
         ({"model_config": {"hidden_size": "big"}}, 160, "model_config: .*'hidden_size'.*expected int, got str"),
         ({"model_config": {"num_attention_heads": 7}}, 160, "multiple of num_attention_heads, got 768 and 7"),

@@ -12,7 +12,8 @@ from transformers import AutoModelForAudioClassification, pipeline
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
-from audio_dendrites.models.loading import learning_rates, load_model
+from audio_dendrites.models.families import learning_rates
+from audio_dendrites.models.loading import load_model
 from audio_dendrites.models.panns import convert, main
 from audio_dendrites.recipes import ModelArguments
 
@@ -204,7 +205,11 @@ def test_a_saved_model_is_loaded_whole_or_with_a_new_head(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "extractor", "message"),
     [
-        ({"attn_implementation": "eager"}, EXTRACTOR, "attn_implementation must be left out, got eager: CNN14.* has no choice of attention"),
+        (
+            {"attn_implementation": "eager"},
+            EXTRACTOR,
+            "must be left out, got eager: CNN14.* has no choice of attention",
+        ),
         ({"unfreeze_last_layers": 4}, EXTRACTOR, "unfreeze_last_layers must be at most 3"),
         (
             {},

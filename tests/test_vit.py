@@ -12,7 +12,8 @@ from transformers import (
 
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.errors import UserError
-from audio_dendrites.models.loading import learning_rates, load_extractor, load_model
+from audio_dendrites.models.families import learning_rates
+from audio_dendrites.models.loading import load_extractor, load_model
 from audio_dendrites.models.vit import MelViTForAudioClassification
 from audio_dendrites.recipes import FeatureArguments, ModelArguments
 

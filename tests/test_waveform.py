@@ -258,7 +258,10 @@ def test_a_saved_waveform_model_starts_another(tmp_path):
     [
         ({"filter_gain": 0.3}, "filter_gain must be 0.0 for this model, got 0.3: its batches are made of waveforms"),
         ({"waveform": False}, "gain must be 0.0 for this model, got 6.0: its batches are made of spectrograms"),
-        ({"waveform": False, "gain": 0, "noise": 0, "trainable_filters": True}, "trainable_filters must be false with waveform: false"),
+        (
+            {"waveform": False, "gain": 0, "noise": 0, "trainable_filters": True},
+            "trainable_filters must be false with",
+        ),
         (
             {"trainable_filters": True, "unfreeze_last_layers": 1},
             "unfreeze_last_layers must be left out with trainable_filters: true, got 1",
@@ -267,7 +270,10 @@ def test_a_saved_waveform_model_starts_another(tmp_path):
             {"architecture": "cnn14", "activation_checkpointing": True},
             "activation_checkpointing must be false, got true: CNN14",
         ),
-        ({"architecture": "cnn14", "attn_implementation": "sdpa"}, "attn_implementation must be left out, got sdpa: CNN14"),
+        (
+            {"architecture": "cnn14", "attn_implementation": "sdpa"},
+            "must be left out, got sdpa: CNN14",
+        ),
     ],
 )
 def test_what_a_recipe_cannot_have_is_said_before_any_data_is_read(run, changes, message):
