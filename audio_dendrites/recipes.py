@@ -326,11 +326,11 @@ class FeatureArguments:
     std: float | str | None = option(
         None, "Standard deviation of the log-mel values. auto computes it from the training clips.", "(0, inf)"
     )
-    convention: Literal["kaldi", "librosa"] | None = option(
+    convention: Literal["kaldi", "povey", "librosa"] | None = option(
         None,
-        "Log-mel of a model with `waveform`. kaldi: that of ASTFeatureExtractor. librosa: that of PANNs, with frames "
-        "of 32 ms, mel filters from 50 Hz to 14 kHz, decibels, and no normalisation (mean 0, std 0.5). Default: that "
-        "of the pretrained model, or kaldi.",
+        "Log-mel of a model with `waveform`. kaldi: that of ASTFeatureExtractor. povey: that of BEATs, which differs "
+        "in its windows and its floor. librosa: that of PANNs, with frames of 32 ms, mel filters from 50 Hz to 14 kHz, "
+        "decibels, and no normalisation (mean 0, std 0.5). Default: that of the pretrained model, or kaldi.",
     )
 
     def __post_init__(self):
@@ -417,12 +417,12 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    architecture: Literal["ast", "vit", "cnn14"] | None = option(
+    architecture: Literal["ast", "vit", "cnn14", "beats"] | None = option(
         None, "Family of the network. An ast can also start from a ViT. Default: that of `model`, or ast."
     )
     model: str | None = option(
         None,
-        "Hub id or folder of a pretrained AST, DeiT, ViT or CNN14, or of another model that transformers has an audio "
+        "Hub id or folder of a pretrained AST, DeiT, ViT, CNN14 or BEATs, or of another model that transformers has an audio "
         "classifier for: wav2vec 2.0, HuBERT, WavLM, Whisper, … Default: random weights.",
     )
     model_revision: str | None = option(None, "Commit, tag or branch of the Hub model.")
@@ -459,7 +459,7 @@ class ModelArguments:
     match_parameters: int | str | None = option(
         None,
         "Size the model to this number of parameters, or to that of a finished run folder. Sets intermediate_size of "
-        "an AST or ViT, or width of a CNN14, in model_config. Needs random weights.",
+        "an AST, ViT or BEATs, or width of a CNN14, in model_config. Needs random weights.",
         "[1, inf)",
     )
     weights_by_name: bool = option(

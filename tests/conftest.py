@@ -211,3 +211,7 @@ TINY_VIT = {
     "image_size": 32,
 }
 TINY_CNN14 = {"width": 0.0625, "num_hidden_layers": 3}
+TINY_BEATS = {
+    "embedding_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "position_kernel": 8, "position_groups": 2, "num_buckets": 8, "max_distance": 10,
+}  # fmt: skip

@@ -61,9 +61,9 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Inputs:
         return _clips_of(model, settings)
     settings = {name: value for name, value in settings.items() if value != "auto"}
     convention = settings.pop("convention", "kaldi")
+    if convention != "kaldi" and not model.waveform:
+        raise UserError(f"convention must be kaldi with waveform: false, got {convention}, which the model computes")
     if convention == "librosa":
-        if not model.waveform:
-            raise UserError("convention must be kaldi with waveform: false, got librosa, which the model computes")
         settings = {"mean": 0.0, "std": 0.5} | settings
     if pretrained is None or pretrained.model_type in IMAGE_MODELS:  # beside which is what prepares pictures
         log_mel = BatchedASTFeatureExtractor(**settings)
@@ -76,7 +76,7 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Inputs:
         return log_mel
     rate = log_mel.sampling_rate
     return Waveforms(
-        rate, log_mel.max_length, window_samples(rate) if convention == "kaldi" else 0, rate // 100,
+        rate, log_mel.max_length, window_samples(rate) if convention != "librosa" else 0, rate // 100,
         log_mel.num_mel_bins, mean=log_mel.mean if log_mel.do_normalize else 0.0,
         std=log_mel.std if log_mel.do_normalize else 0.5, convention=convention,
     )  # fmt: skip
@@ -409,7 +409,7 @@ def _waveforms_of(model: ModelArguments, pretrained: WaveformConfig, settings: d
         raise UserError(f"max_length must be set to a number of frames, got null; {model.model} takes any")
     return Waveforms(
         max_length=max_length,
-        window_length=pretrained.window_length if pretrained.convention == "kaldi" else 0,
+        window_length=pretrained.window_length if pretrained.convention != "librosa" else 0,
         **{
             name: getattr(pretrained, name)
             for name in ("sampling_rate", "hop_length", "num_mel_bins", "mean", "std", "convention")
