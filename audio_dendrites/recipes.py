@@ -422,8 +422,8 @@ class ModelArguments:
     )
     model: str | None = option(
         None,
-        "Hub id or folder of a pretrained AST, DeiT, ViT, CNN14 or BEATs, or of another model that transformers has "
-        "an audio classifier for: wav2vec 2.0, HuBERT, WavLM, Whisper, … Default: random weights.",
+        "Hub id or folder of a pretrained AST, DeiT, ViT, CNN14, BEATs or CLAP, or of another model that transformers "
+        "has an audio classifier for: wav2vec 2.0, HuBERT, WavLM, Whisper, … Default: random weights.",
     )
     model_revision: str | None = option(None, "Commit, tag or branch of the Hub model.")
     model_config: dict[str, Any] | str | None = option(

@@ -5,10 +5,12 @@ from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
+    ClapFeatureExtractor,
     Wav2Vec2FeatureExtractor,
 )
 
 from audio_dendrites.models.beats import BEATsConfig, BEATsForAudioClassification
+from audio_dendrites.models.clap import ClapClassifierConfig, ClapForAudioClassification
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
@@ -17,6 +19,7 @@ from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClas
 for config, model, extractor in (
     (CNN14Config, CNN14ForAudioClassification, ASTFeatureExtractor),
     (BEATsConfig, BEATsForAudioClassification, ASTFeatureExtractor),
+    (ClapClassifierConfig, ClapForAudioClassification, ClapFeatureExtractor),
     (MelViTConfig, MelViTForAudioClassification, ASTFeatureExtractor),
     (WaveformConfig, WaveformForAudioClassification, Wav2Vec2FeatureExtractor),
 ):

@@ -12,6 +12,7 @@ from transformers import (
     MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
     ASTConfig,
     ASTForAudioClassification,
+    ClapAudioConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -20,6 +21,7 @@ from transformers import (
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.ast import IMAGE_MODELS, draw_embeddings, patch_grid, resample_embeddings, weights_of_images
 from audio_dendrites.models.beats import BEATsConfig, BEATsForAudioClassification
+from audio_dendrites.models.clap import ClapClassifierConfig, ClapForAudioClassification
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
@@ -29,7 +31,7 @@ CLASSIFIER = re.compile(r"(^|\.)classifier(\.|$)")  # new for other classes
 HEAD = re.compile(r"(^|\.)(classifier|projector|layer_weights)(\.|$)")
 STEM = re.compile(
     r"(^|\.)(embeddings|bn0|front_end|feature_extractor|feature_projection|masked_spec_embed|pos_conv_embed)(\.|$)"
-    r"|(^|\.)encoder\.(conv[12]|embed_positions)\."
+    r"|(^|\.)encoder\.(conv[12]|embed_positions)\.|(^|\.)audio_encoder\.(patch_embed|batch_norm)\."
 )
 LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 ATTENTION = re.compile(r"attention|attn")
@@ -133,6 +135,12 @@ FAMILIES = {  # a model that two can start from is the first one's, unless the r
         starts_from=(BEATsConfig.model_type,),
         input_fields=("num_mel_bins",),
         check=_check_beats,
+    ),
+    "clap": Family(
+        ClapClassifierConfig,
+        ClapForAudioClassification,
+        starts_from=(ClapClassifierConfig.model_type, ClapAudioConfig.model_type),
+        has_extractor=True,
     ),
     "waveform": Family(  # saved by this project, with any of the others inside
         WaveformConfig,

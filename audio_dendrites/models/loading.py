@@ -16,6 +16,7 @@ from transformers import (
     ASTForAudioClassification,
     AutoConfig,
     AutoFeatureExtractor,
+    ClapConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -315,7 +316,7 @@ def _check_network(settings: Mapping[str, Any], config: PreTrainedConfig) -> Non
     if isinstance(activation, str) and activation not in ACT2FN:
         raise UserError(f"model_config: hidden_act must be one of {', '.join(ACT2FN)}, got {activation!r}")
     heads, patch, image = (getattr(config, name, None) for name in ("num_attention_heads", "patch_size", "image_size"))
-    if heads and config.hidden_size % heads:
+    if isinstance(heads, int) and config.hidden_size % heads:
         raise UserError(
             f"model_config: hidden_size must be a multiple of num_attention_heads, got {config.hidden_size} and {heads}"
         )
@@ -325,9 +326,10 @@ def _check_network(settings: Mapping[str, Any], config: PreTrainedConfig) -> Non
 
 def _pretrained_config(arguments: ModelArguments) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _not_found(arguments, error) from error
+    return config.audio_config if isinstance(config, ClapConfig) else config  # without its text tower
 
 
 def _with_weights(
@@ -432,6 +434,10 @@ def _clips_of(model: ModelArguments, settings: dict[str, Any]) -> ExtractorClips
     except (OSError, ValueError) as error:
         raise _not_found(model, error) from error
     rate, most = extractor.sampling_rate, 100 * getattr(extractor, "chunk_length", 10)
+    if (seconds := getattr(extractor, "max_length_s", None)) is not None:  # of longer clips CLAP takes random parts
+        most = 100 * seconds
+        if settings.get("max_length", most) > most:
+            raise UserError(f"max_length must be at most {most} for {model.model}, got {settings['max_length']}")
     own = {"sampling_rate": rate, "max_length": settings.get("max_length", most)}
     if other := {name: value for name, value in settings.items() if own.get(name) != value}:
         name, value = next(iter(other.items()))
