@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset, List
 from hub.server import WRITE_TOKEN, Hub
 from pandas import DataFrame
 
+from audio_dendrites.recipes import Recipe, parse_recipe
 from audio_dendrites.results.scores import score, with_predictions
 
 ROOT = Path(__file__).parent.parent
@@ -195,6 +196,14 @@ TONES = {  # recipe fields for `tones`
     "validation_folds": ["2"],
     "test_folds": ["3"],
 }
+
+
+def recipe_of(values: dict) -> Recipe:
+    """The recipe of the command line with these fields; those of a mapping are JSON."""
+    words = [[f"--{key}", *(value if isinstance(value, list) else [value])] for key, value in values.items()]
+    return parse_recipe([json.dumps(w) if isinstance(w, dict) else str(w) for option in words for w in option])
+
+
 TINY_AST = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_BEATS, TONES, tone
+from conftest import TINY_BEATS, TONES, recipe_of, tone
 from transformers import AutoModelForAudioClassification, pipeline
 
 import train
@@ -18,7 +18,7 @@ from audio_dendrites.models.families import default_dendrites, layer_of
 from audio_dendrites.models.finished import load_finished
 from audio_dendrites.models.loading import load_extractor, load_model
 from audio_dendrites.models.panns import ConversionError
-from audio_dendrites.recipes import FeatureArguments, ModelArguments, parse_recipe
+from audio_dendrites.recipes import FeatureArguments, ModelArguments
 
 SETTINGS = {
     "encoder_layers": 2, "activation_fn": "gelu", "deep_norm": True, "layer_norm_first": False, "max_distance": 10,
@@ -44,19 +44,14 @@ SHAPES |= {f"{name}.{kind}": (size,) for name, size in NORMS.items() for kind in
 # (github.com/microsoft/unilm, beats, commit c68101b; torch 2.11, float32, CPU).
 FRAMES, BANDS, PATCHES, CHANNELS = [0, 40, 62], [0, 50, 127], [0, 13, 31], [0, 9]
 LOG_MEL = [
-    [-0.5285406708717346, -0.01925097405910492, 0.26497817039489746],
-    [-0.16670440137386322, 0.3709413409233093, 0.6508371829986572],
-    [-2.391692876815796, -2.391692876815796, -2.391692876815796],
-]
-HIDDEN = [  # before the first layer and after each
-    [[0.774898111820221, -0.9856381416320801], [0.3765781819820404, 1.7655143737792969],
-     [-1.1353952884674072, 1.1068177223205566]],
-    [[-1.4199601411819458, 0.12286524474620819], [-1.3817166090011597, 0.2890397608280182],
-     [-2.188136339187622, -0.49274730682373047]],
-    [[0.4640108644962311, 0.28644266724586487], [0.4762391448020935, 0.27072352170944214],
-     [0.4755135178565979, 0.31870967149734497]],
+    [-0.528541, -0.019251, 0.264978], [-0.166704, 0.370941, 0.650837], [-2.391693, -2.391693, -2.391693],
 ]  # fmt: skip
-LOGITS = [-2.4659600257873535, -3.294154644012451, -3.3727471828460693]
+HIDDEN = [  # before the first layer and after each
+    [[0.774898, -0.985638], [0.376578, 1.765514], [-1.135395, 1.106818]],
+    [[-1.419960, 0.122865], [-1.381717, 0.289040], [-2.188136, -0.492747]],
+    [[0.464011, 0.286443], [0.476239, 0.270724], [0.475514, 0.318710]],
+]
+LOGITS = [-2.465960, -3.294155, -3.372747]
 
 
 @pytest.fixture
@@ -99,6 +94,19 @@ def test_the_published_sizes_are_those_of_the_default_configuration():
         model = BEATsForAudioClassification(BEATsConfig(num_labels=527))
     sizes = sum(parameter.numel() for name, parameter in model.named_parameters() if "classifier" not in name)
     assert round(sizes / 1e6) == 90  # the paper's table 1
+
+
+def test_random_weights_are_drawn_as_published():
+    torch.manual_seed(0)
+    model = BEATsForAudioClassification(BEATsConfig(num_hidden_layers=1, intermediate_size=64))
+    layer, position = model.layers[0], model.embeddings.position
+    deviations = {
+        layer.attention.q_proj.weight: (2 / 1536) ** 0.5, layer.attention.v_proj.weight: (2 / 1536) ** 0.5 * 8**-0.25,
+        layer.fc1.weight: (2 / 832) ** 0.5 * 8**-0.25, position.weight: 2 / (128 * 768) ** 0.5,
+        layer.attention.gate.weight: 0.02, model.embeddings.distances.weight: 0.02,
+    }  # fmt: skip
+    assert all(abs(float(weight.detach().std()) / wanted - 1) < 0.1 for weight, wanted in deviations.items())
+    assert not position.bias.any() and (layer.attention.gate_scale == 1).all()
 
 
 def test_a_converted_folder_takes_raw_audio_and_padded_batches(published, tmp_path):
@@ -157,9 +165,7 @@ def test_a_beats_from_random_weights_trains_grows_dendrites_and_loads_by_pipelin
         "model_config": TINY_BEATS, "activation_checkpointing": True,
         "pai": {"first_growth": 0.25, "top_learning_rate": 100},
     }  # fmt: skip
-    words = [[f"--{key}", *(value if isinstance(value, list) else [value])] for key, value in values.items()]
-    recipe = parse_recipe([json.dumps(w) if isinstance(w, dict) else str(w) for option in words for w in option])
-    train.main(recipe)  # which compares `pipeline` with the model
+    train.main(recipe_of(values))  # which compares `pipeline` with the model
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     grown = {"backbone.layers.1.fc1", "backbone.layers.1.fc2", "backbone.classifier"}
     assert set(metrics["dendrites"]["layers"]) == grown and metrics["architecture"] == "beats"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TONES, tone
+from conftest import TONES, recipe_of, tone
 from pandas import read_parquet
 from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapTextConfig, pipeline
 
@@ -15,7 +15,7 @@ from audio_dendrites.errors import UserError
 from audio_dendrites.models.families import layer_of
 from audio_dendrites.models.finished import load_finished
 from audio_dendrites.models.loading import load_extractor, load_model
-from audio_dendrites.recipes import FeatureArguments, ModelArguments, parse_recipe
+from audio_dendrites.recipes import FeatureArguments, ModelArguments
 
 AUDIO = {
     "spec_size": 128, "window_size": 4, "patch_embeds_hidden_size": 8, "hidden_size": 16, "depths": [1, 1],
@@ -71,8 +71,7 @@ def test_clap_grows_dendrites_and_pipeline_gives_its_predictions(clap, tones, tm
         "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "precision": "fp32", "report_to": "none",
         "preprocessing_num_workers": 1, "noise": 0.1, "pai": {"first_growth": 0.25, "top_learning_rate": 100},
     }  # fmt: skip
-    words = [[f"--{key}", *(value if isinstance(value, list) else [value])] for key, value in values.items()]
-    recipe = parse_recipe([json.dumps(w) if isinstance(w, dict) else str(w) for option in words for w in option])
+    recipe = recipe_of(values)
     train.main(recipe)
     grown = set(json.loads((tmp_path / "run" / "metrics.json").read_text())["dendrites"]["layers"])
     block = "audio_model.audio_encoder.layers.1.blocks.0"

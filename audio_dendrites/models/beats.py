@@ -60,6 +60,11 @@ class BEATsConfig(PreTrainedConfig):
         """Frames, and mel bands, of one patch."""
         return self.patch_size
 
+    @property
+    def deep_norm_gain(self) -> float:
+        """Gain of the random weights that DeepNorm makes smaller."""
+        return (8 * self.num_hidden_layers) ** -0.25
+
 
 class BEATsEmbeddings(nn.Module):
     """The patches of a spectrogram with their positions, and the bias that relative positions add to attention."""
@@ -118,8 +123,9 @@ class BEATsAttention(nn.Module):
     def __init__(self, config: BEATsConfig):
         super().__init__()
         self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        size, small = config.hidden_size, config.deep_norm_gain
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
+            _linear(size, size, gain) for gain in (1.0, 1.0, small, small)
         )
         self.gate = nn.Linear(config.hidden_size // self.heads, 8)
         self.gate_scale = nn.Parameter(torch.ones(1, self.heads, 1, 1))
@@ -146,8 +152,8 @@ class BEATsLayer(GradientCheckpointingLayer):
         self.dropout, self.residual = config.hidden_dropout_prob, (2 * config.num_hidden_layers) ** 0.25
         self.attention = BEATsAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = _linear(config.hidden_size, config.intermediate_size, config.deep_norm_gain)
+        self.fc2 = _linear(config.intermediate_size, config.hidden_size, config.deep_norm_gain)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, hidden: torch.Tensor, bias: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
@@ -210,21 +216,26 @@ class BEATsForAudioClassification(DendriticMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As published: DeepNorm's Xavier normal in the layers, and normal elsewhere."""
+        """As published: DeepNorm's Xavier normal in the layers, and normal elsewhere.
+
+        transformers calls this only for modules with parameters of their own.
+        """
         super()._init_weights(module)
-        if isinstance(module, BEATsEmbeddings):
-            length, direction = module.position.parametrizations.weight.parameters()
-            init.normal_(direction, std=2 / math.sqrt(self.config.position_kernel * self.config.hidden_size))
-            init.copy_(length, torch.norm_except_dim(direction, 2, 2))
-            init.zeros_(module.position.bias)
+        if isinstance(module, nn.Conv1d):
+            weight = module.parametrizations.weight
+            init.normal_(weight.original1, std=2 / math.sqrt(self.config.position_kernel * self.config.hidden_size))
+            init.copy_(weight.original0, torch.norm_except_dim(weight.original1, 2, 2))
         elif isinstance(module, BEATsAttention):
             init.ones_(module.gate_scale)
-        elif isinstance(module, BEATsLayer):
-            attention, gain = module.attention, (8 * self.config.num_hidden_layers) ** -0.25
-            for layer in (attention.v_proj, attention.out_proj, module.fc1, module.fc2):
-                init.xavier_normal_(layer.weight, gain=gain)
-            for layer in (attention.q_proj, attention.k_proj):
-                init.xavier_normal_(layer.weight)
+        elif isinstance(module, nn.Linear) and hasattr(module, "gain"):
+            init.xavier_normal_(module.weight, gain=module.gain)
+
+
+def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """A linear layer whose random weights are Xavier normal with a gain."""
+    layer = nn.Linear(inputs, outputs)
+    layer.gain = gain
+    return layer
 
 
 # So that `save_pretrained` copies this file into the folder and names it in config.json's auto_map, every time.
