@@ -20,11 +20,8 @@ from audio_dendrites.models.loading import load_extractor, load_model
 from audio_dendrites.models.panns import ConversionError
 from audio_dendrites.recipes import FeatureArguments, ModelArguments
 
-SETTINGS = {
-    "encoder_layers": 2, "activation_fn": "gelu", "deep_norm": True, "layer_norm_first": False, "max_distance": 10,
-    "dropout": 0.1, "attention_dropout": 0.1,
-}  # fmt: skip
-MIDS = {0: "/m/a", 1: "/m/b", 2: "/m/c"}
+SETTINGS = {"activation_fn": "gelu", "deep_norm": True, "layer_norm_first": False, "max_distance": 10}
+SETTINGS |= {"dropout": 0.1, "attention_dropout": 0.1}
 SHAPES = {
     "patch_embedding.weight": (8, 1, 16, 16), "post_extract_proj.weight": (16, 8), "post_extract_proj.bias": (16,),
     "encoder.pos_conv.0.weight_g": (1, 1, 8), "encoder.pos_conv.0.weight_v": (16, 8, 8),
@@ -63,7 +60,9 @@ def published(tmp_path):
         tensors[name] = weight + float("norm.weight" in name or name.endswith("grep_a"))
     bias = "self_attn.relative_attention_bias.weight"
     tensors[f"encoder.layers.1.{bias}"] = tensors[f"encoder.layers.0.{bias}"]
-    torch.save({"cfg": SETTINGS, "model": tensors, "label_dict": MIDS}, tmp_path / "BEATs.pt")
+    torch.save(
+        {"cfg": SETTINGS, "model": tensors, "label_dict": {0: "/m/a", 1: "/m/b", 2: "/m/c"}}, tmp_path / "BEATs.pt"
+    )
     return tmp_path / "BEATs.pt"
 
 
@@ -124,8 +123,7 @@ def test_a_converted_folder_takes_raw_audio_and_padded_batches(published, tmp_pa
 
 
 def test_a_checkpoint_without_classes_starts_a_model_with_a_new_head(published, tmp_path):
-    checkpoint = torch.load(published)
-    tensors = {name: tensor for name, tensor in checkpoint["model"].items() if "predictor" not in name}
+    tensors = {name: tensor for name, tensor in torch.load(published)["model"].items() if "predictor" not in name}
     torch.save({"cfg": SETTINGS, "model": tensors}, published)
     main([str(published), str(tmp_path / "start")])
     arguments = ModelArguments(model=str(tmp_path / "start"), waveform=True, unfreeze_last_layers=1)
@@ -169,8 +167,7 @@ def test_a_beats_from_random_weights_trains_grows_dendrites_and_loads_by_pipelin
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     grown = {"backbone.layers.1.fc1", "backbone.layers.1.fc2", "backbone.classifier"}
     assert set(metrics["dendrites"]["layers"]) == grown and metrics["architecture"] == "beats"
-    model = AutoModelForAudioClassification.from_pretrained(tmp_path / "run")
-    assert model.backbone.layers[1].fc1.count >= 1
+    assert AutoModelForAudioClassification.from_pretrained(tmp_path / "run").backbone.layers[1].fc1.count >= 1
 
 
 def test_spectrograms_of_the_ast_extractor_and_fields_that_do_not_fit():
