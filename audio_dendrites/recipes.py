@@ -327,11 +327,11 @@ class FeatureArguments:
     # HfArgumentParser parses a union with `str` as text. __post_init__ makes it a number.
     mean: float | str | None = option(None, "Mean of the log-mel, or auto: that of the training clips.", "(-inf, inf)")
     std: float | str | None = option(None, "Their standard deviation, or auto: that of the training clips.", "(0, inf)")
-    convention: Literal["kaldi", "librosa"] | None = option(
+    convention: Literal["kaldi", "povey", "librosa"] | None = option(
         None,
-        "Log-mel of a model with `waveform`. kaldi: that of ASTFeatureExtractor. librosa: that of PANNs, with frames "
-        "of 32 ms, mel filters from 50 Hz to 14 kHz, decibels, and no normalisation (mean 0, std 0.5). Default: that "
-        "of the pretrained model, or kaldi.",
+        "Log-mel of a model with `waveform`. kaldi: that of ASTFeatureExtractor. povey: that of BEATs, which differs "
+        "in its windows and its floor. librosa: that of PANNs, with frames of 32 ms, mel filters from 50 Hz to 14 kHz, "
+        "decibels, and no normalisation (mean 0, std 0.5). Default: that of the pretrained model, or kaldi.",
     )
 
     def __post_init__(self):
@@ -413,13 +413,13 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    architecture: Literal["ast", "vit", "cnn14"] | None = option(
+    architecture: Literal["ast", "vit", "cnn14", "beats"] | None = option(
         None, "Family of the network. Default: that of `model`, or ast."
     )
     model: str | None = option(
         None,
-        "Hub id or folder of a pretrained AST, DeiT, ViT or CNN14, or of any other model with an audio classifier in "
-        "transformers: wav2vec 2.0, HuBERT, WavLM, Whisper, … Default: none.",
+        "Hub id or folder of a pretrained AST, DeiT, ViT, CNN14, BEATs or CLAP, or of any other model with an audio "
+        "classifier in transformers: wav2vec 2.0, HuBERT, WavLM, Whisper, … Default: none.",
     )
     model_revision: str | None = option(None, "Commit, tag or branch of the Hub model.")
     model_config: dict[str, Any] | str | None = option(
@@ -444,7 +444,7 @@ class ModelArguments:
     match_parameters: int | str | None = option(
         None,
         "Size a model with random weights to this number of parameters, or to that of a finished run folder. Sets "
-        "intermediate_size of an AST or ViT, or width of a CNN14, in model_config.",
+        "intermediate_size of an AST, ViT or BEATs, or width of a CNN14, in model_config.",
         "[1, inf)",
     )
     weights_by_name: bool = option(

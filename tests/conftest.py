@@ -35,6 +35,7 @@ from transformers import (
     set_seed,
 )
 
+from audio_dendrites.recipes import Recipe, parse_recipe
 from audio_dendrites.results.scores import score, with_predictions
 
 ROOT = Path(__file__).parent.parent
@@ -264,6 +265,14 @@ TONES = {  # recipe fields for `tones`
     "validation_folds": ["2"],
     "test_folds": ["3"],
 }
+
+
+def recipe_of(values: dict) -> Recipe:
+    """The recipe of the command line with these fields; those of a mapping are JSON."""
+    words = [[f"--{key}", *(value if isinstance(value, list) else [value])] for key, value in values.items()]
+    return parse_recipe([json.dumps(w) if isinstance(w, dict) else str(w) for option in words for w in option])
+
+
 TINY_AST = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -347,3 +356,9 @@ def recipe(shared_tones, tmp_path):
         return write_recipe(tmp_path, shared_tones, **changes)
 
     return write
+
+
+TINY_BEATS = {
+    "embedding_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "position_kernel": 8, "position_groups": 2, "num_buckets": 8, "max_distance": 10,
+}  # fmt: skip

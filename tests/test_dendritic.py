@@ -532,7 +532,7 @@ FAMILIES = {
             WaveformConfig(backbone=ASTConfig(max_length=FRAMES, **TINY_AST), max_length=FRAMES)
         ),
         {f"backbone.{HEAD}": 2, f"backbone.{FC1}": 1},
-        {"cnn14.py", "dendritic.py", "vit.py", "waveform.py"},
+        {"beats.py", "cnn14.py", "dendritic.py", "vit.py", "waveform.py"},
     ),
 }
 

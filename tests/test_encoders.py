@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TONES, write_tones
+from conftest import TONES, recipe_of, write_tones
 from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
@@ -30,7 +30,6 @@ from audio_dendrites.models.families import default_dendrites, layer_of
 from audio_dendrites.models.finished import load_finished
 from audio_dendrites.models.loading import load_extractor, load_model
 from audio_dendrites.models.lora import merged
-from audio_dendrites.recipes import parse_recipe
 from data_collator import AugmentedClips, ExtractorCollator
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -86,8 +85,7 @@ def recipe(home, kind, name, **fields):
         "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "precision": "fp32",
         "report_to": "none", "preprocessing_num_workers": 1,
     } | fields  # fmt: skip
-    words = [[f"--{key}", *(value if isinstance(value, list) else [value])] for key, value in values.items()]
-    return parse_recipe([json.dumps(w) if isinstance(w, dict) else str(w) for option in words for w in option])
+    return recipe_of(values)
 
 
 def weights(folder):

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, TINY_AST, TINY_CNN14, TINY_VIT, tone
+from conftest import ROOT, TINY_AST, TINY_BEATS, TINY_CNN14, TINY_VIT, tone
 from onnxruntime.quantization import quantize_dynamic
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, Wav2Vec2FeatureExtractor
 
 from audio_dendrites.errors import UserError
+from audio_dendrites.models.beats import BEATsConfig
 from audio_dendrites.models.cnn14 import CNN14Config
 from audio_dendrites.models.dendritic import DendriticASTConfig, DendriticASTForAudioClassification
 from audio_dendrites.models.vit import MelViTConfig
@@ -116,6 +117,7 @@ WAVEFORM_MODELS = {  # front end, backbone, a layer with dendrites
     "librosa trained, any length": (
         LIBROSA | {"max_length": None, "trainable_filters": True}, CNN14Config(**TINY_CNN14), "backbone.layers.0.conv1",
     ),
+    "povey, any length": (KALDI | {"convention": "povey", "max_length": None}, BEATsConfig(**TINY_BEATS), None),
 }  # fmt: skip
 
 

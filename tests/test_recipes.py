@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from conftest import ROOT, TINY_AST, TINY_CNN14, TINY_VIT, leave_macos_files, tone, wav, write_archives
+from conftest import ROOT, TINY_AST, TINY_BEATS, TINY_CNN14, TINY_VIT, leave_macos_files, tone, wav, write_archives
 from datasets import Audio, ClassLabel, Dataset, DatasetInfo, Features, Value
 from transformers import (
     ASTConfig,
@@ -20,6 +20,7 @@ from transformers import (
 
 import train
 from audio_dendrites.data.features import Waveforms
+from audio_dendrites.models.beats import BEATsConfig
 from audio_dendrites.models.cnn14 import CNN14Config
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
 from audio_dendrites.recipes import parse_recipe
@@ -105,11 +106,15 @@ def pretrained(tmp_path_factory):
     config = WaveformConfig(backbone=CNN14Config(**TINY_CNN14), **panns)
     WaveformForAudioClassification(config).save_pretrained(folder / "panns")
     Waveforms(32000, 0, 0, 320, 64, 0.0, 0.5).stock().save_pretrained(folder / "panns")
+    config = WaveformConfig(backbone=BEATsConfig(**TINY_BEATS), convention="povey", max_length=None)
+    WaveformForAudioClassification(config).save_pretrained(folder / "beats")
+    Waveforms(16000, 0, 0, 160, 128, 0.0, 0.5).stock().save_pretrained(folder / "beats")
     return {
         "MIT/ast-finetuned-audioset-10-10-0.4593": folder / "ast",
         "facebook/deit-base-distilled-patch16-384": folder / "deit",
         "google/vit-base-patch16-224-in21k": folder / "vit",
         "pretrained/cnn14_panns": folder / "panns",
+        "pretrained/beats": folder / "beats",
     }
 
 

@@ -204,7 +204,9 @@ print("answers", json.dumps(answers))
 def test_a_stranger_gets_the_training_models_scores_from_raw_audio(run, tmp_path):
     """In one process without this repository: a trained waveform model, and both other families on spectrograms."""
     folders = [run(architecture="cnn14", model_config=TINY_CNN14, trainable_filters=True)]
-    assert {path.name for path in folders[0].glob("*.py")} == {"cnn14.py", "dendritic.py", "vit.py", "waveform.py"}
+    assert {path.name for path in folders[0].glob("*.py")} == {
+        "beats.py", "cnn14.py", "dendritic.py", "vit.py", "waveform.py",
+    }  # fmt: skip
     assert type(AutoFeatureExtractor.from_pretrained(folders[0])) is Wav2Vec2FeatureExtractor
     wave = [tone(3000 if row % 2 else 300, 0.3 + 0.02 * row, seed=row) for row in range(16, 24)]
     wave = [np.round(clip * 32767).astype(np.float32) / 32768 for clip in wave]

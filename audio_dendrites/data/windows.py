@@ -118,7 +118,7 @@ def pipeline_windows(pipeline: AudioClassificationPipeline, length: int) -> list
         frame = {"window_length": window_samples(extractor.sampling_rate), "hop_length": extractor.sampling_rate // 100}
         max_length = extractor.max_length
     elif config.model_type == "waveform-classifier" and config.max_length is not None:
-        kaldi = config.convention == "kaldi"
+        kaldi = config.convention != "librosa"
         frame = {"window_length": config.window_length if kaldi else 0, "hop_length": config.hop_length}
         max_length = config.max_length
     elif (frames := getattr(config, "window_frames", None)) is not None:

@@ -5,9 +5,12 @@ from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
+    ClapFeatureExtractor,
     Wav2Vec2FeatureExtractor,
 )
 
+from audio_dendrites.models.beats import BEATsConfig, BEATsForAudioClassification
+from audio_dendrites.models.clap import ClapClassifierConfig, ClapForAudioClassification
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
@@ -15,6 +18,8 @@ from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClas
 # Here and not in the models' files, whose copies in a model folder transformers registers by itself.
 for config, model, extractor in (
     (CNN14Config, CNN14ForAudioClassification, ASTFeatureExtractor),
+    (BEATsConfig, BEATsForAudioClassification, ASTFeatureExtractor),
+    (ClapClassifierConfig, ClapForAudioClassification, ClapFeatureExtractor),
     (MelViTConfig, MelViTForAudioClassification, ASTFeatureExtractor),
     (WaveformConfig, WaveformForAudioClassification, Wav2Vec2FeatureExtractor),
 ):

@@ -12,6 +12,7 @@ from transformers import (
     MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
     ASTConfig,
     ASTForAudioClassification,
+    ClapAudioConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -19,6 +20,8 @@ from transformers import (
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.ast import IMAGE_MODELS, draw_embeddings, patch_grid, resample_embeddings, weights_of_images
+from audio_dendrites.models.beats import BEATsConfig, BEATsForAudioClassification
+from audio_dendrites.models.clap import ClapClassifierConfig, ClapForAudioClassification
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
 from audio_dendrites.models.vit import MelViTConfig, MelViTForAudioClassification
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
@@ -28,28 +31,41 @@ CLASSIFIER = re.compile(r"(^|\.)classifier(\.|$)")  # new for other classes
 HEAD = re.compile(r"(^|\.)(classifier|projector|layer_weights)(\.|$)")
 STEM = re.compile(
     r"(^|\.)((rel_)?embeddings|bn0|front_end|feature_extractor|feature_projection|masked_spec_embed|pos_conv_embed)(\.|$)"
-    r"|(^|\.)encoder\.(conv[12]|embed_positions)\."
+    r"|(^|\.)encoder\.(conv[12]|embed_positions)\.|(^|\.)audio_encoder\.(patch_embed|batch_norm)\."
 )
 LAYER = re.compile(r"(^|\.)layers?\.(\d+)\.")
 ATTENTION = re.compile(r"attention|attn")
 NEW = re.compile(rf"{HEAD.pattern}|(^|\.)masked_spec_embed$")  # what a pretrained model may lack
 
 
-def _check_halvings(config: CNN14Config, max_length: int) -> None:
+def _check_smallest(config: CNN14Config | BEATsConfig, max_length: int) -> None:
+    cnn14 = isinstance(config, CNN14Config)
+    reason = f"CNN14 halves it {config.num_hidden_layers - 1} times" if cnn14 else "a patch of BEATs has that size"
     for field, found in (("num_mel_bins", config.num_mel_bins), ("max_length", max_length)):
         if found < config.smallest_input:
-            raise UserError(
-                f"{field} must be at least {config.smallest_input}, got {found}: CNN14 halves it "
-                f"{config.num_hidden_layers - 1} times"
-            )
+            raise UserError(f"{field} must be at least {config.smallest_input}, got {found}: {reason}")
+
+
+def _check_beats(config: BEATsConfig, max_length: int) -> None:
+    _check_smallest(config, max_length)
+    if config.hidden_size % config.position_groups:
+        raise UserError(
+            f"model_config: hidden_size must be a multiple of position_groups, got {config.hidden_size} and "
+            f"{config.position_groups}"
+        )
+    if not 4 <= config.num_buckets < 4 * config.max_distance:
+        raise UserError(
+            f"model_config: num_buckets must be at least 4 and less than 4 times max_distance, got "
+            f"{config.num_buckets} and {config.max_distance}"
+        )
 
 
 def _check_backbone(config: WaveformConfig, max_length: int) -> None:
     fixed = getattr(config.backbone, "max_length", max_length)
     if fixed != max_length:
         raise UserError(f"max_length must be {fixed}, which the AST behind the front end takes, got {max_length}")
-    if isinstance(config.backbone, CNN14Config):
-        _check_halvings(config.backbone, max_length)
+    if isinstance(config.backbone, CNN14Config | BEATsConfig):
+        _check_smallest(config.backbone, max_length)
 
 
 def field_names(config: type[PreTrainedConfig]) -> set[str]:
@@ -109,9 +125,22 @@ FAMILIES = {  # a model that two can start from is the first one's, unless the r
         CNN14ForAudioClassification,
         starts_from=(CNN14Config.model_type,),
         input_fields=("num_mel_bins",),
-        check=_check_halvings,
+        check=_check_smallest,
         # One size more is one channel more in the last block.
         resize=lambda config, size: {"width": size / (config.first_channels * 2 ** (config.num_hidden_layers - 1))},
+    ),
+    "beats": Family(
+        BEATsConfig,
+        BEATsForAudioClassification,
+        starts_from=(BEATsConfig.model_type,),
+        input_fields=("num_mel_bins",),
+        check=_check_beats,
+    ),
+    "clap": Family(
+        ClapClassifierConfig,
+        ClapForAudioClassification,
+        starts_from=(ClapClassifierConfig.model_type, ClapAudioConfig.model_type),
+        has_extractor=True,
     ),
     "waveform": Family(  # saved by this project, with any of the others inside
         WaveformConfig,

@@ -16,6 +16,7 @@ from transformers import (
     ASTForAudioClassification,
     AutoConfig,
     AutoFeatureExtractor,
+    ClapConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -61,9 +62,9 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Inputs:
         return _clips_of(model, settings)
     settings = {name: value for name, value in settings.items() if value != "auto"}
     convention = settings.pop("convention", "kaldi")
+    if convention != "kaldi" and not model.waveform:
+        raise UserError(f"convention must be kaldi with waveform: false, got {convention}, which the model computes")
     if convention == "librosa":
-        if not model.waveform:
-            raise UserError("convention must be kaldi with waveform: false, got librosa, which the model computes")
         settings = {"mean": 0.0, "std": 0.5} | settings
     if pretrained is None or pretrained.model_type in IMAGE_MODELS:  # its extractor is for pictures
         log_mel = BatchedASTFeatureExtractor(**settings)
@@ -76,7 +77,7 @@ def load_extractor(model: ModelArguments, features: FeatureArguments) -> Inputs:
         return log_mel
     rate = log_mel.sampling_rate
     return Waveforms(
-        rate, log_mel.max_length, window_samples(rate) if convention == "kaldi" else 0, rate // 100,
+        rate, log_mel.max_length, window_samples(rate) if convention != "librosa" else 0, rate // 100,
         log_mel.num_mel_bins, mean=log_mel.mean if log_mel.do_normalize else 0.0,
         std=log_mel.std if log_mel.do_normalize else 0.5, convention=convention,
     )  # fmt: skip
@@ -316,7 +317,7 @@ def _check_network(settings: Mapping[str, Any], config: PreTrainedConfig) -> Non
     if isinstance(activation, str) and activation not in ACT2FN:
         raise UserError(f"model_config: hidden_act must be one of {', '.join(ACT2FN)}, got {activation!r}")
     heads, patch, image = (getattr(config, name, None) for name in ("num_attention_heads", "patch_size", "image_size"))
-    if heads and config.hidden_size % heads:
+    if isinstance(heads, int) and config.hidden_size % heads:
         raise UserError(
             f"model_config: hidden_size must be a multiple of num_attention_heads, got {config.hidden_size} and {heads}"
         )
@@ -326,9 +327,10 @@ def _check_network(settings: Mapping[str, Any], config: PreTrainedConfig) -> Non
 
 def _pretrained_config(arguments: ModelArguments) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(arguments.model, revision=arguments.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _not_found(arguments, error) from error
+    return config.audio_config if isinstance(config, ClapConfig) else config  # without its text tower
 
 
 def _with_weights(
@@ -410,7 +412,7 @@ def _waveforms_of(model: ModelArguments, pretrained: WaveformConfig, settings: d
         raise UserError(f"max_length must be set to a number of frames, got null; {model.model} takes any")
     return Waveforms(
         max_length=max_length,
-        window_length=pretrained.window_length if pretrained.convention == "kaldi" else 0,
+        window_length=pretrained.window_length if pretrained.convention != "librosa" else 0,
         **{
             name: getattr(pretrained, name)
             for name in ("sampling_rate", "hop_length", "num_mel_bins", "mean", "std", "convention")
@@ -433,6 +435,10 @@ def _clips_of(model: ModelArguments, settings: dict[str, Any]) -> ExtractorClips
     except (OSError, ValueError) as error:
         raise _not_found(model, error) from error
     rate, most = extractor.sampling_rate, 100 * getattr(extractor, "chunk_length", 10)
+    if (seconds := getattr(extractor, "max_length_s", None)) is not None:  # of longer clips CLAP takes random parts
+        most = 100 * seconds
+        if settings.get("max_length", most) > most:
+            raise UserError(f"max_length must be at most {most} for {model.model}, got {settings['max_length']}")
     own = {"sampling_rate": rate, "max_length": settings.get("max_length", most)}
     if other := {name: value for name, value in settings.items() if own.get(name) != value}:
         name, value = next(iter(other.items()))

@@ -11,6 +11,7 @@ import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas
 import torch
@@ -26,6 +27,44 @@ BLOCKS = 6
 STFT = ("spectrogram_extractor.stft.conv_real.weight", "spectrogram_extractor.stft.conv_imag.weight")  # fixed
 
 
+def read_checkpoint(path: Path, *kinds: str) -> dict[str, Any]:
+    """What a file of torch holds, read without running code that it may bring.
+
+    Args:
+        path: The file.
+        kinds: Names that the file must have, each with a dictionary.
+
+    Raises:
+        UserError: The file cannot be read, holds objects other than tensors, or lacks a name.
+    """
+    layout = ", ".join(f"{kind!r}: {{...}}" for kind in kinds)
+    try:
+        published = torch.load(path, map_location="cpu", weights_only=True)
+        found = "other contents"
+    except (OSError, RuntimeError, EOFError) as error:
+        published, found = None, str(error).strip().partition("\n")[0]
+    except pickle.UnpicklingError:
+        published, found = None, "objects other than tensors"
+    if not isinstance(published, dict) or not all(isinstance(published.get(kind), dict) for kind in kinds):
+        raise UserError(f"{path} must be a published checkpoint, {{{layout}}}, got {found}")
+    return published
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """AudioSet's classes in order, mid to display name, from class_labels_indices.csv."""
+    rows = pandas.read_csv(path, keep_default_na=False).sort_values("index")
+    return dict(zip(rows["mid"], rows["display_name"], strict=True))
+
+
+def write_folder(model: WaveformForAudioClassification, folder: Path) -> None:
+    """Save a model that takes clips of any length, with the feature extractor that `pipeline` needs."""
+    config = model.config
+    waveforms = Waveforms(config.sampling_rate, 0, 0, config.hop_length, config.num_mel_bins, config.mean, config.std)
+    model.save_pretrained(folder)
+    waveforms.stock().save_pretrained(folder)
+    set_default_mode(*folder.glob("*.safetensors"))
+
+
 def convert(checkpoint: Path, labels: Sequence[str] | None = None) -> WaveformForAudioClassification:
     """Convert a published checkpoint to the same network of this project, front end included.
 
@@ -39,13 +78,7 @@ def convert(checkpoint: Path, labels: Sequence[str] | None = None) -> WaveformFo
     Raises:
         UserError: The file cannot be read, or its tensors are not those of a CNN14 and of these classes.
     """
-    try:
-        published = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
-    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        found = str(error).strip().splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):
-            found = "objects other than tensors"
-        raise UserError(f"{checkpoint} must be a PANNs checkpoint, {{'model': tensors}}, got {found}") from error
+    published = read_checkpoint(checkpoint, "model")["model"]
     tensors = {_our_name(name): tensor for name, tensor in published.items() if name not in STFT}
     needed = ("front_end.filters", *(f"backbone.{name}.weight" for name in ("bn0", "layers.0.conv1", "classifier")))
     if missing := [name for name in (*STFT, *needed) if name not in published and name not in tensors]:
@@ -94,19 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--labels", type=Path, help="class_labels_indices.csv of AudioSet: index and display_name.")
     options = parser.parse_args(arguments)
-    labels = None
-    if options.labels is not None:
-        labels = pandas.read_csv(options.labels, keep_default_na=False).sort_values("index")["display_name"].tolist()
+    labels = None if options.labels is None else list(read_labels(options.labels).values())
     try:
         model = convert(options.checkpoint, labels)
     except UserError as error:
         sys.exit(f"error: {error}")
-    config = model.config
-    waveforms = Waveforms(config.sampling_rate, 0, 0, config.hop_length, config.num_mel_bins, config.mean, config.std)
-    model.save_pretrained(options.folder)
-    waveforms.stock().save_pretrained(options.folder)
-    set_default_mode(*options.folder.glob("*.safetensors"))
-    print(f"{options.folder}: CNN14, {config.sampling_rate} Hz, {config.num_labels} classes")
+    write_folder(model, options.folder)
+    print(f"{options.folder}: CNN14, {model.config.sampling_rate} Hz, {model.config.num_labels} classes")
 
 
 if __name__ == "__main__":

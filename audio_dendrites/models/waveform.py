@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.audio_utils import mel_filter_bank
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from .beats import BEATsConfig, BEATsForAudioClassification
 from .cnn14 import CNN14Config, CNN14ForAudioClassification
 from .dendritic import DendriticMixin
 from .vit import MelViTConfig, MelViTForAudioClassification
@@ -22,9 +23,11 @@ BACKBONES = {
     ASTConfig.model_type: (ASTConfig, ASTForAudioClassification),
     MelViTConfig.model_type: (MelViTConfig, MelViTForAudioClassification),
     CNN14Config.model_type: (CNN14Config, CNN14ForAudioClassification),
+    BEATsConfig.model_type: (BEATsConfig, BEATsForAudioClassification),
 }
 PREEMPHASIS = 0.97
-FLOOR = {"kaldi": torch.finfo(torch.float32).eps, "librosa": 1e-10}  # of the energies
+EPSILON = torch.finfo(torch.float32).eps
+FLOOR = {"kaldi": EPSILON, "povey": EPSILON * 2**-30, "librosa": 1e-10}  # of the energies
 
 
 class WaveformConfig(PreTrainedConfig):
@@ -33,8 +36,9 @@ class WaveformConfig(PreTrainedConfig):
     Args:
         backbone: The network's configuration, of a type in `BACKBONES`.
         convention: How the log-mel is computed. kaldi is that of `ASTFeatureExtractor`: symmetric Hann windows within
-            the clip, mean removed, pre-emphasis, natural logarithm. librosa is that of PANNs: periodic Hann windows
-            centred on every hop, the clip reflected at its ends, mel scale and norm of Slaney, decibels.
+            the clip, mean removed, pre-emphasis, natural logarithm. povey is that of BEATs: the same with the default
+            window of Kaldi and a floor for 16-bit samples. librosa is that of PANNs: periodic Hann windows centred on
+            every hop, the clip reflected at its ends, mel scale and norm of Slaney, decibels.
         sampling_rate: Sampling rate of the waveforms in Hz.
         window_length, hop_length: In samples.
         num_mel_bins, low_frequency, high_frequency: The mel filters and their range in Hz.
@@ -48,7 +52,7 @@ class WaveformConfig(PreTrainedConfig):
     model_type = "waveform-classifier"
 
     backbone: dict | PreTrainedConfig | None = None
-    convention: Literal["kaldi", "librosa"] = "kaldi"
+    convention: Literal["kaldi", "povey", "librosa"] = "kaldi"
     sampling_rate: int = 16000
     window_length: int = 400
     hop_length: int = 160
@@ -91,7 +95,7 @@ class LogMel(nn.Module):
     def __init__(self, config: WaveformConfig):
         super().__init__()
         self.config = config
-        kaldi = config.convention == "kaldi"
+        self.kaldi = kaldi = config.convention != "librosa"
         self.fft_length = 1 << (config.window_length - 1).bit_length() if kaldi else config.window_length
         with warnings.catch_warnings():
             # The lowest of AST's 128 filters lie between two frequencies and are zero, as in its feature extractor.
@@ -106,16 +110,25 @@ class LogMel(nn.Module):
             self.filters = nn.Parameter(filters)
         else:
             self.register_buffer("filters", filters)
-        self.register_buffer("window", self.hann_window(), persistent=False)
+        self.register_buffer("window", self.make_window(), persistent=False)
 
-    def hann_window(self) -> torch.Tensor:
-        """The Hann window, (window_length,), float32, on the CPU also inside `torch.device("meta")`."""
-        periodic = self.config.convention == "librosa"
-        return torch.hann_window(self.config.window_length, periodic, dtype=torch.float32, device="cpu")
+    def make_window(self) -> torch.Tensor:
+        """The window, (window_length,), float32, on the CPU also inside `torch.device("meta")`."""
+        hann = torch.hann_window(self.config.window_length, not self.kaldi, dtype=torch.float32, device="cpu")
+        return hann**0.85 if self.config.convention == "povey" else hann
 
     def samples(self, frames: int) -> int:
-        """Number of samples of a number of frames."""
-        return (frames - 1) * self.config.hop_length + (self.config.convention == "kaldi") * self.config.window_length
+        """The number of samples of a number of frames."""
+        return (frames - 1) * self.config.hop_length + self.kaldi * self.config.window_length
+
+    def frames_inside(self, inside: torch.Tensor) -> torch.Tensor:
+        """Which frames do not reach into padding, (batch, frames), of `inside` (batch, samples).
+
+        librosa's frames do so at both ends of a clip. Only their centres count.
+        """
+        if self.kaldi:
+            return inside.unfold(1, self.config.window_length, self.config.hop_length)[..., [0, -1]].all(2)
+        return nn.functional.pad(inside, (0, 1))[:, :: self.config.hop_length]
 
     def forward(self, waveforms: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         """Normalised log-mel.
@@ -128,14 +141,12 @@ class LogMel(nn.Module):
             (batch, frames, num_mel_bins), float32. With kaldi, frames that reach into padding hold the padding value of
             `ASTFeatureExtractor`. With librosa, they are frames of silence.
         """
-        kaldi = self.config.convention == "kaldi"
         with torch.autocast(waveforms.device.type, enabled=False):
-            power = (self._kaldi if kaldi else self._librosa)(waveforms.float())
+            power = (self._kaldi if self.kaldi else self._librosa)(waveforms.float())
             energies = (power @ self.filters.float().clamp(min=0)).clamp(min=FLOOR[self.config.convention])
-            log_mel = energies.log() if kaldi else 10 * energies.log10()
-            if kaldi:
-                ends = inside.unfold(1, self.config.window_length, self.config.hop_length)[..., [0, -1]]
-                log_mel = log_mel.masked_fill(~ends.all(2)[..., None], 0.0)  # padded first and then normalised
+            log_mel = energies.log() if self.kaldi else 10 * energies.log10()
+            if self.kaldi:  # padded first and then normalised
+                log_mel = log_mel.masked_fill(~self.frames_inside(inside)[..., None], 0.0)
             return (log_mel - self.config.mean) / (2 * self.config.std)
 
     def _kaldi(self, waveforms: torch.Tensor) -> torch.Tensor:
@@ -194,9 +205,12 @@ class WaveformForAudioClassification(DendriticMixin, PreTrainedModel):
             `logits` (batch, num_labels), and `loss` if there are labels.
         """
         inside = torch.ones_like(input_values) if attention_mask is None else attention_mask
-        log_mel = self.front_end(self._fit(input_values), self._fit(inside.bool()))
+        inside = self._fit(inside.bool())
+        log_mel = self.front_end(self._fit(input_values), inside)
         if masked_frames is not None:
             log_mel = log_mel.masked_fill(masked_frames[:, :, None] | masked_bands[:, None, :], mask_value)
+        if isinstance(self.backbone, BEATsForAudioClassification):
+            kwargs["attention_mask"] = self.front_end.frames_inside(inside)
         return self.backbone(log_mel.to(self.backbone.dtype), labels=labels, **kwargs)
 
     def _fit(self, values: torch.Tensor) -> torch.Tensor:
@@ -210,7 +224,7 @@ class WaveformForAudioClassification(DendriticMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LogMel):  # `from_pretrained` does not fill buffers that are not saved
-            init.copy_(module.window, module.hann_window())
+            init.copy_(module.window, module.make_window())
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
             self.backbone._init_weights(module)
 

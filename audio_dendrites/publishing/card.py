@@ -19,6 +19,7 @@ FAMILY_NAMES = {
     "audio-spectrogram-transformer": "Audio Spectrogram Transformer",
     "mel-vit": "Vision Transformer on mel spectrograms",
     "cnn14": "CNN14",
+    "beats": "BEATs",
 }
 HYPERPARAMETERS = (
     "learning_rate", "head_learning_rate", "layer_decay", "lr_scheduler_type", "lr_step_decay", "lr_step_start",
