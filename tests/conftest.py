@@ -26,12 +26,17 @@ from hub.server import WRITE_TOKEN, Hub
 from pandas import DataFrame
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
     ASTConfig,
     ASTForAudioClassification,
     BertConfig,
     BertForSequenceClassification,
+    SeamlessM4TFeatureExtractor,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
     set_seed,
 )
 
@@ -362,3 +367,38 @@ TINY_BEATS = {
     "embedding_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
     "position_kernel": 8, "position_groups": 2, "num_buckets": 8, "max_distance": 10,
 }  # fmt: skip
+TINY_ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+TINY_WAV2VEC2 = TINY_ENCODER | {
+    "conv_dim": (8, 8, 8), "conv_stride": (10, 8, 4), "conv_kernel": (10, 8, 4), "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8,
+    "mask_time_length": 2, "initializer_range": 0.2,
+}  # fmt: skip
+ENCODERS = {kind: TINY_WAV2VEC2 for kind in ("wav2vec2", "hubert", "wavlm", "unispeech-sat", "data2vec-audio")}
+ENCODERS |= {"unispeech": TINY_WAV2VEC2 | {"num_ctc_classes": 4}, "wav2vec2-conformer": TINY_WAV2VEC2}
+ENCODERS |= {"sew": TINY_WAV2VEC2, "sew-d": TINY_WAV2VEC2 | {"position_buckets": 8, "max_position_embeddings": 64}}
+ENCODERS["wav2vec2-bert"] = TINY_ENCODER | {
+    "classifier_proj_size": 8, "output_hidden_size": 16, "conv_depthwise_kernel_size": 3, "initializer_range": 0.2,
+}  # fmt: skip
+ENCODERS["whisper"] = {
+    "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_layers": 1,
+    "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "max_source_positions": 50, "classifier_proj_size": 8,
+    "vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "init_std": 0.2,
+}  # fmt: skip
+ENCODER_EXTRACTORS = {
+    "wav2vec2-bert": SeamlessM4TFeatureExtractor(),
+    "whisper": WhisperFeatureExtractor(chunk_length=1),
+    # base models normalise over time and were trained without masks
+    "wav2vec2": Wav2Vec2FeatureExtractor(return_attention_mask=False),
+}
+
+
+def encoder_checkpoint(home: Path, kind: str, labels: Sequence[str] = ("high", "low")) -> Path:
+    """The folder of a small checkpoint with random weights, as transformers saves it."""
+    folder = home / kind
+    if not folder.exists():
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[kind](**ENCODERS[kind], id2label=dict(enumerate(labels)))
+        MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING[type(config)](config).save_pretrained(folder)
+        ENCODER_EXTRACTORS.get(kind, Wav2Vec2FeatureExtractor(return_attention_mask=True)).save_pretrained(folder)
+    return folder

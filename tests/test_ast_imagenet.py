@@ -178,7 +178,7 @@ def test_the_features_are_log_mel_not_the_images(tmp_path):
 @pytest.mark.parametrize("config", [{"hidden_size": 64}, {"num_hidden_layers": 3}, {"patch_size": 8}])
 def test_weights_of_images_that_do_not_fit_are_an_error(config, tmp_path):
     DeiTModel(DeiTConfig(**TINY, image_size=32)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="and the recipe's model_config differ in (embeddings|layers)"):
+    with pytest.raises(UserError, match="does not fit the recipe's model_config. They differ in (embeddings|layers)"):
         from_images(tmp_path, 32, 32, **config)
 
 

@@ -88,13 +88,13 @@ def test_a_teacher_that_does_not_fit_is_an_error_before_the_features(run, teache
         ({"distill_from": "nowhere"}, "distill_from: nowhere could not be loaded: "),
         (
             {"distill_from": teacher, "max_length": 96},
-            "other features than the recipe's: max_length is 80, .* 96",
+            "a model with the features of the recipe, got .*: max_length must be 96, got 80",
         ),
         ({"distill_from": teacher, "loss": "bce"}, "was trained with the loss cross_entropy, .* bce"),
         ({"distill_from": teacher, "labels": ["low", "high"]}, "has the classes high, low, but the recipe low, high"),
         (
             {"distill_from": str(tmp_path / "waves")} | waves | {"max_length": 96},
-            "other features than the recipe's: max_length is 80, .* 96",
+            "a model with the features of the recipe, got .*: max_length must be 96, got 80",
         ),
     ):
         with pytest.raises(UserError, match=message):

@@ -6,13 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TONES, recipe_of, write_tones
+from conftest import ENCODERS, TINY_ENCODER, TINY_WAV2VEC2, TONES, encoder_checkpoint, recipe_of, write_tones
 from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
     AutoFeatureExtractor,
-    SeamlessM4TFeatureExtractor,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForPreTraining,
@@ -32,31 +30,6 @@ from audio_dendrites.models.loading import load_extractor, load_model
 from audio_dendrites.models.lora import merged
 from data_collator import AugmentedClips, ExtractorCollator
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-RAW = TINY | {
-    "conv_dim": (8, 8, 8), "conv_stride": (10, 8, 4), "conv_kernel": (10, 8, 4), "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8,
-    "mask_time_length": 2, "initializer_range": 0.2,
-}  # fmt: skip
-FAMILIES = {kind: RAW for kind in ("wav2vec2", "hubert", "wavlm", "unispeech-sat", "data2vec-audio")}
-FAMILIES |= {"unispeech": RAW | {"num_ctc_classes": 4}, "wav2vec2-conformer": RAW}
-FAMILIES |= {"sew": RAW, "sew-d": RAW | {"position_buckets": 8, "max_position_embeddings": 64}}
-FAMILIES["wav2vec2-bert"] = TINY | {
-    "classifier_proj_size": 8, "output_hidden_size": 16, "conv_depthwise_kernel_size": 3, "initializer_range": 0.2,
-}  # fmt: skip
-FAMILIES["whisper"] = {
-    "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_layers": 1,
-    "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "max_source_positions": 50, "classifier_proj_size": 8,
-    "vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
-    "init_std": 0.2,
-}  # fmt: skip
-EXTRACTORS = {
-    "wav2vec2-bert": SeamlessM4TFeatureExtractor(),
-    "whisper": WhisperFeatureExtractor(chunk_length=1),
-    # base models normalise over time and were trained without masks
-    "wav2vec2": Wav2Vec2FeatureExtractor(return_attention_mask=False),
-}
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -66,21 +39,10 @@ def home(tmp_path_factory):
     return folder
 
 
-def checkpoint(home, kind, labels=("high", "low")):
-    """The folder of a small checkpoint with random weights, as transformers saves it."""
-    folder = home / kind
-    if not folder.exists():
-        torch.manual_seed(0)
-        config = CONFIG_MAPPING[kind](**FAMILIES[kind], id2label=dict(enumerate(labels)))
-        MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING[type(config)](config).save_pretrained(folder)
-        EXTRACTORS.get(kind, Wav2Vec2FeatureExtractor(return_attention_mask=True)).save_pretrained(folder)
-    return folder
-
-
 def recipe(home, kind, name, **fields):
     """A recipe for the tones; `fields` are YAML's. Windows of 0.5 s cut some clips."""
     values = TONES | {
-        "dataset": str(home / "tones.parquet"), "model": str(checkpoint(home, kind)), "max_length": 50, 
+        "dataset": str(home / "tones.parquet"), "model": str(encoder_checkpoint(home, kind)), "max_length": 50,
         "output_dir": str(home / name), "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2,
         "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "precision": "fp32",
         "report_to": "none", "preprocessing_num_workers": 1,
@@ -103,7 +65,7 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoder_grows_dendrites_and_resumes_to_the_bit(home, kind):
     fields = {"pai": {"first_growth": 0.25, "top_learning_rate": 100}, "noise": 0.1, "time_roll": 5}
     fields |= {
@@ -148,7 +110,7 @@ def test_lora_trains_few_weights_and_leaves_a_plain_model(home, kind, settings):
     run = recipe(home, kind, name, lora=settings, save_total_limit=9)
     train.main(run)
     metrics = json.loads((home / name / "metrics.json").read_text())
-    plain = weights(checkpoint(home, kind))
+    plain = weights(encoder_checkpoint(home, kind))
     finished = weights(home / name)
     assert (
         finished.keys() == plain.keys() and json.loads((home / name / "config.json").read_text())["model_type"] == kind
@@ -190,12 +152,12 @@ def test_the_extractor_makes_the_inputs_of_augmented_and_of_plain_batches(home):
 
 
 def test_pretraining_checkpoints_get_a_new_head_and_lose_what_is_not_of_the_encoder(home):
-    raw = Wav2Vec2Config(**RAW, num_codevectors_per_group=4, codevector_dim=8, proj_codevector_dim=8)
-    whisper = WhisperConfig(**FAMILIES["whisper"])
+    raw = Wav2Vec2Config(**TINY_WAV2VEC2, num_codevectors_per_group=4, codevector_dim=8, proj_codevector_dim=8)
+    whisper = WhisperConfig(**ENCODERS["whisper"])
     for name, model in (("raw", Wav2Vec2ForPreTraining(raw)), ("sequences", WhisperForConditionalGeneration(whisper))):
         model.save_pretrained(home / name)
     Wav2Vec2FeatureExtractor().save_pretrained(home / "raw")
-    EXTRACTORS["whisper"].save_pretrained(home / "sequences")
+    WhisperFeatureExtractor(chunk_length=1).save_pretrained(home / "sequences")
     for name, layer in (("raw", "wav2vec2.encoder.layers.1."), ("sequences", "encoder.layers.1.")):
         run = recipe(home, "wav2vec2", "unused", model=home / name)
         model = load_model(["a", "b", "c"], run.model, load_extractor(run.model, run.features))
@@ -208,7 +170,7 @@ def test_pretraining_checkpoints_get_a_new_head_and_lose_what_is_not_of_the_enco
         load_model(["a", "b"], run.model, load_extractor(run.model, run.features))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_stem_blocks_and_head_are_known_in_every_family(home, kind):
     run = recipe(home, kind, "unused", unfreeze_last_layers=1)
     model = load_model(["high", "low"], run.model, load_extractor(run.model, run.features))
@@ -240,8 +202,8 @@ def test_stem_blocks_and_head_are_known_in_every_family(home, kind):
         ({"max_length": 1}, "cannot take clips of its feature extractor"),
         ({"lora": {"rank": 8}}, "lora: .*rank"),
         ({"lora": {"target_modules": "nothing"}}, "lora: .*nothing"),
-        ({"lora": {"r": 2}, "pai": {}}, "lora must be left out with pai"),
-        ({"lora": {"r": 2}, "unfreeze_last_layers": 1}, "unfreeze_last_layers must be left out with lora"),
+        ({"lora": {"r": 2}, "pai": {}}, "lora must not be set together with pai"),
+        ({"lora": {"r": 2}, "unfreeze_last_layers": 1}, "lora must not be set together with unfreeze_last_layers"),
     ],
 )
 def test_what_an_encoder_cannot_do_is_an_error_before_data_are_read(home, fields, message):
@@ -251,10 +213,10 @@ def test_what_an_encoder_cannot_do_is_an_error_before_data_are_read(home, fields
 
 def test_a_model_of_another_task_or_without_extractor_is_an_error(home):
     run = recipe(home, "wav2vec2", "refused", model=str(home / "bert"))
-    CONFIG_MAPPING["bert"](**TINY).save_pretrained(home / "bert")
+    CONFIG_MAPPING["bert"](**TINY_ENCODER).save_pretrained(home / "bert")
     with pytest.raises(UserError, match=r"types mel-vit, .*wav2vec2.*, got .*bert, which is of type 'bert'"):
         train.main(run)
-    checkpoint(home, "hubert")
+    encoder_checkpoint(home, "hubert")
     (home / "bare").mkdir()
     for path in (home / "hubert").glob("*"):
         if path.name != "preprocessor_config.json":

@@ -194,7 +194,7 @@ def test_a_bad_clip_without_name_is_called_by_its_row(clips):
 def test_a_missing_cell_is_a_bad_clip():
     clips = datasets.Dataset.from_dict({"audio": [wav(0), None]}).cast_column("audio", Audio(decode=False))
     result = extract_features(clips, BatchedASTFeatureExtractor())
-    assert result["error"][:] == ["", "row 1: neither bytes nor a path"]
+    assert result["error"][:] == ["", "row 1: the clip has neither bytes nor a path"]
 
 
 def test_stored_features_are_the_extractors_in_half_precision(clips):

@@ -292,7 +292,7 @@ def test_a_run_folder_has_a_repository_of_its_own():
 
 
 def test_all_checkpoints_is_no_strategy_here():
-    with pytest.raises(UserError, match="hub_strategy must be end, every_save or checkpoint, got 'all_ch"):
+    with pytest.raises(UserError, match="hub_strategy must be end or every_save or checkpoint, got 'all_ch"):
         parse_recipe(["--hub_strategy", "all_checkpoints"])
 
 

@@ -6,7 +6,18 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from conftest import ROOT, TINY_AST, TINY_BEATS, TINY_CNN14, TINY_VIT, leave_macos_files, tone, wav, write_archives
+from conftest import (
+    ROOT,
+    TINY_AST,
+    TINY_BEATS,
+    TINY_CNN14,
+    TINY_VIT,
+    encoder_checkpoint,
+    leave_macos_files,
+    tone,
+    wav,
+    write_archives,
+)
 from datasets import Audio, ClassLabel, Dataset, DatasetInfo, Features, Value
 from transformers import (
     ASTConfig,
@@ -114,6 +125,8 @@ def pretrained(tmp_path_factory):
         "facebook/deit-base-distilled-patch16-384": folder / "deit",
         "google/vit-base-patch16-224-in21k": folder / "vit",
         "pretrained/cnn14_panns": folder / "panns",
+        "facebook/wav2vec2-base": encoder_checkpoint(folder, "wav2vec2"),
+        "microsoft/wavlm-base": encoder_checkpoint(folder, "wavlm"),
         "pretrained/beats": folder / "beats",
     }
 
