@@ -19,6 +19,10 @@ FAMILY_NAMES = {
     "audio-spectrogram-transformer": "Audio Spectrogram Transformer",
     "mel-vit": "Vision Transformer on mel spectrograms",
     "cnn14": "CNN14",
+    "hubert": "HuBERT",
+    "wav2vec2": "wav2vec 2.0",
+    "wavlm": "WavLM",
+    "whisper": "Whisper encoder",
     "beats": "BEATs",
 }
 HYPERPARAMETERS = (
@@ -26,8 +30,8 @@ HYPERPARAMETERS = (
     "lr_step_every", "warmup_steps", "optim", "weight_decay", "num_train_epochs", "max_steps", "total_batch_size",
     "per_device_train_batch_size", "gradient_accumulation_steps", "loss", "label_smoothing_factor", "distill_from",
     "balanced_sampling", "class_weights", "average_checkpoints", "ema_decay", "early_stopping_patience",
-    "unfreeze_last_layers", "precision", "seed", "channel", "max_length", "random_crop", "time_roll", "roll_padded",
-    "filter_gain", "frequency_shift", "time_mask", "frequency_mask", "mask_value", "mixup_alpha", "augment_after_norm",
+    "unfreeze_last_layers", "lora", "precision", "seed", "channel", "max_length", "random_crop", "time_roll",
+    "roll_padded", "filter_gain", "frequency_shift", "time_mask", "frequency_mask", "mask_value", "mixup_alpha", "augment_after_norm",
     "noise", "patchout_time", "patchout_frequency", "model_config", "pai",
 )  # fmt: skip
 
