@@ -31,8 +31,8 @@ HYPERPARAMETERS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "loss", "label_smoothing_factor", "distill_from",
     "balanced_sampling", "class_weights", "average_checkpoints", "ema_decay", "early_stopping_patience",
     "unfreeze_last_layers", "lora", "precision", "seed", "channel", "max_length", "random_crop", "time_roll",
-    "roll_padded", "filter_gain", "frequency_shift", "time_mask", "frequency_mask", "mask_value", "mixup_alpha", "augment_after_norm",
-    "noise", "patchout_time", "patchout_frequency", "model_config", "pai",
+    "roll_padded", "filter_gain", "frequency_shift", "time_mask", "frequency_mask", "mask_value", "mixup_alpha",
+    "augment_after_norm", "noise", "patchout_time", "patchout_frequency", "model_config", "pai",
 )  # fmt: skip
 
 
