@@ -125,8 +125,8 @@ def test_names_of_strangers_are_text(tones, tmp_path):
 def test_a_class_of_a_multi_label_clip_is_found_missed_or_a_false_alarm(chords, tmp_path):
     labels, kinds = ["high", "low"], [["low"], ["high"], ["high", "low"], []]
     logits = [[-2, 2], [2, 2], [-2, -2], [-2, -2]]
-    run = by_hand(tmp_path / "run", named_tones(chords, kinds), labels, kinds, logits, loss="bce")
-    write(run)
+    run = by_hand(tmp_path / "run", tmp_path / "moved", labels, kinds, logits, loss="bce")
+    write(run, "--dataset", named_tones(chords, kinds))
     page = Page(run / "report.html")
     assert [page.shown(token) for token in ("0/0-0", "0/1-0", "0/0-1", "0/1-1", "0/1-2", "0/0-2")] == [1, 1, 1, 1, 1, 0]
     assert page.shown("wrong") == 2 and "mAP" in page.text and "true: no class" in page.text

@@ -205,8 +205,8 @@ def seconds_of(audio: dict[str, Any], channel: str) -> float:
 def mp3(waveform: np.ndarray) -> bytes:
     """An MP3 file of a waveform (samples,) at `RATE`, about 4 kB per second.
 
-    All browsers play MP3, Safari on old phones included. Opus is as small, but needs a recent Safari. FLAC is six times
-    as large.
+    All browsers play MP3, also Safari on old phones. Opus is as small, but needs a recent Safari. FLAC is about six
+    times as large.
     """
     content = io.BytesIO()
     soundfile.write(content, waveform, RATE, format="MP3")
@@ -233,7 +233,7 @@ def data_uri(kind: str, content: bytes) -> str:
 
 
 def data_of(folders: Sequence[Path], dataset: str | None) -> DataArguments:
-    """The data fields of the first run that has a recipe, which an ensemble has not.
+    """The data fields of the first run that has a recipe. An ensemble has none.
 
     Raises:
         UserError: No run has a recipe.
