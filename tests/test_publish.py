@@ -45,7 +45,7 @@ def runs(finished_pair, tmp_path) -> Path:
     """A copy of the run folders `run` and `run_baseline`, with secrets in files that nobody publishes."""
     folder = shutil.copytree(finished_pair, tmp_path / "runs")
     for run in (folder / "run", folder / "run_baseline"):
-        for name in ("notes.md", "training_args.bin", "optimizer.pt", "clip.wav", "secrets.py", "x.png"):
+        for name in ("notes.md", "training_args.bin", "optimizer.pt", "clip.wav", "secrets.py", "x.png", "report.html"):
             (run / name).write_text(f"{SECRET} {run}")
         for path in (next(run.glob("checkpoint-*")) / "trainer_state.json", run / "tensorboard" / "events"):
             path.write_text(SECRET)

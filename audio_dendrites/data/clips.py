@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
@@ -33,8 +33,12 @@ ARCHIVES = {  # the table by which an unpacked archive is recognised: the `audio
 }
 
 
-def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
+def load_clips(arguments: DataArguments, more: Sequence[str] = ()) -> tuple[Dataset, DataFrame]:
     """All clips of a data set: their sound, and an index of them.
+
+    Args:
+        arguments: Name the data set and its columns.
+        more: Other columns that the index gets as text if the data set has them.
 
     Returns:
         The sound, not decoded, in `audio_column` (and the names in `clip_column`, if there is one); and an index with
@@ -56,6 +60,8 @@ def load_clips(arguments: DataArguments) -> tuple[Dataset, DataFrame]:
     clips, paths = _with_sound(clips, arguments)
     index["clip"] = _texts(clips, arguments.clip_column) if arguments.clip_column else paths
     index["group"] = _texts(clips, arguments.group_column) if arguments.group_column else index["clip"]
+    for column in (name for name in more if name in clips.column_names):
+        index[column] = _texts(clips, column)
     if arguments.fold_column:
         splits = _texts(clips, arguments.fold_column)
     elif arguments.test_list:

@@ -11,7 +11,7 @@ from scipy.special import log_expit, log_softmax, logsumexp
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.files import written_whole
-from audio_dendrites.results.runs import check_same_clips, check_same_task, read_run
+from audio_dendrites.results.runs import read_same_tests
 from audio_dendrites.results.scores import score, score_names, with_predictions
 from audio_dendrites.results.tables import markdown_table
 
@@ -28,16 +28,11 @@ def ensemble(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, A
     """
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise UserError(f"the runs must be two folders or more, each given once, got {', '.join(map(str, folders))}")
-    members, tables = zip(*map(read_run, folders), strict=True)
-    check_same_task(folders, members, ("dataset", "labels", "loss"))
+    members, tables = read_same_tests(folders, ("dataset", "labels", "loss"))
     labels, loss = members[0]["labels"], members[0]["loss"]
-    first, *others = (table.set_index("clip") for table in tables)
-    for folder, table in zip(folders[1:], others, strict=True):
-        check_same_clips(first, table, str(folders[0]), str(folder))
-    aligned = [first, *(table.loc[first.index] for table in others)]
-    logits = np.stack([np.stack(table["logits"]) for table in aligned])
-    predictions = with_predictions(first, mean_logits(logits, loss), labels).reset_index()
-    members = [run | {"test": score(table, labels, loss)} for run, table in zip(members, aligned, strict=True)]
+    logits = np.stack([np.stack(table["logits"]) for table in tables])
+    predictions = with_predictions(tables[0], mean_logits(logits, loss), labels).reset_index()
+    members = [run | {"test": score(table, labels, loss)} for run, table in zip(members, tables, strict=True)]
     metrics = {
         "dataset": members[0]["dataset"], "labels": labels, "members": [folder.name for folder in folders],
         "loss": loss, "test": score(predictions, labels, loss), "train_steps_per_second": None,

@@ -46,6 +46,25 @@ def read_run(folder: Path) -> tuple[dict[str, Any], DataFrame]:
     return found, predictions
 
 
+def read_same_tests(
+    folders: Sequence[Path], fields: Sequence[str] = ("dataset", "labels")
+) -> tuple[tuple[dict[str, Any], ...], list[DataFrame]]:
+    """Read runs that tested the same clips.
+
+    Returns:
+        The metrics of each run, and its predictions, indexed by `clip` in the order of the first run; see `read_run`.
+
+    Raises:
+        UserError: A folder is not a finished run, or the runs differ in their clips or in one of the fields.
+    """
+    metrics, tables = zip(*map(read_run, folders), strict=True)
+    check_same_task(folders, metrics, fields)
+    first, *others = (table.set_index("clip") for table in tables)
+    for folder, table in zip(folders[1:], others, strict=True):
+        check_same_clips(first, table, str(folders[0]), str(folder))
+    return metrics, [first, *(table.loc[first.index] for table in others)]
+
+
 def check_same_task(
     folders: Sequence[Path], metrics: Sequence[dict[str, Any]], fields: Sequence[str] = ("dataset", "labels")
 ) -> None:
