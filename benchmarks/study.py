@@ -1,14 +1,15 @@
 """The study of results/dendrites.md: where dendrites are used, and where they help.
 
-    PYTHONPATH=. python benchmarks/study.py OUT [--only NAME ...] [--urbansound8k FOLDER] [--esc10 FOLDER]
+    PYTHONPATH=. python benchmarks/study.py OUT [--only NAME ...] [--urbansound8k FOLDER] [--esc10 FOLDER] [--table]
 
 Each experiment is a `crossval.py --last` of several arms. Nothing is chosen by the folds that are tested: the last
 weights count, and the dendrites have the defaults of pai_callback.py. The wider model gets the number of parameters of
 the first dendritic run, so it trains last. Finished runs are not repeated. The same command, started twice, shares the
-runs. Writes the recipes and run folders to OUT/<experiment>.
+runs. Writes the recipes and run folders to OUT/<experiment>. --table trains nothing and prints the comparisons.
 """
 
 import argparse
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 import crossval
+from audio_dendrites.results.tables import markdown_table
 
 SEEDS = ["11", "12", "13", "14", "15"]
 FOLD = "5"  # of the generated data; the quickstart tests fold 10
@@ -121,6 +123,23 @@ def run(name: str, out: Path, folders: dict[str, str]) -> None:
     crossval.main([*map(str, paths), *rest])
 
 
+def table(name: str, out: Path) -> str:
+    """The comparison of an experiment as Markdown: accuracies, differences from the plain model, use of dendrites."""
+    comparison = json.loads((out / name / "comparison.json").read_text())
+    rows = [["arm", "parameters", "accuracy, %", "points against plain", "p", "points lost without the features"]]
+    for side in comparison["sides"]:
+        score, folder = side["accuracy"], out / name / side["name"]
+        metrics = [json.loads((folder / run / "metrics.json").read_text()) for run in side["runs"]]
+        lost = [100 * one["dendrites"]["use"]["lost"] for one in metrics if one["dendrites"]]
+        cells = [side["name"], f"{side['parameters']:,}", f"{100 * score['mean']:.2f} ± {100 * score['deviation']:.2f}"]
+        if "difference" in score:
+            difference, low, high = (100 * score[key] for key in ("difference", "low", "high"))
+            cells += [f"{difference:+.2f} ({low:+.2f} to {high:+.2f})", f"{score['p']:.2g}"]
+        rows.append([*cells, *[""] * (5 - len(cells)), f"{min(lost):.1f} to {max(lost):.1f}" if lost else ""])
+    runs = len(comparison["sides"][0]["runs"])
+    return f"### {name}\n\n{runs} runs of each arm, {comparison['clips']} test clips.\n\n{markdown_table(rows)}\n"
+
+
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("audio_dendrites").setLevel(logging.INFO)
@@ -129,6 +148,10 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--urbansound8k", default="danavery/urbansound8K", help="Folder or Hub id.")
     parser.add_argument("--esc10", help="Folder with ESC-10 in the columns of ashraq/esc50.")
+    parser.add_argument("--table", action="store_true", help="Print what is finished.")
     arguments = parser.parse_args()
     for name in arguments.only:
-        run(name, arguments.out, vars(arguments))
+        if not arguments.table:
+            run(name, arguments.out, vars(arguments))
+        elif (arguments.out / name / "comparison.json").exists():
+            print(table(name, arguments.out))
