@@ -105,6 +105,15 @@ def test_a_run_of_an_encoder_ends_with_a_folder_that_pipeline_loads(home, kind):
     assert "Citation" not in card and "Audio Spectrogram" not in card
 
 
+def test_a_multi_label_encoder_has_sigmoids(chords, tmp_path):
+    run = recipe(
+        tmp_path, "hubert", "run", dataset=str(chords), label_column="kinds", max_steps=2, metric_for_best_model="mAP"
+    )
+    train.main(run)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["problem_type"] == "multi_label_classification"
+    assert 0 < json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["mAP"] <= 1
+
+
 @pytest.mark.parametrize(("kind", "settings"), [("wav2vec2", {"r": 2}), ("whisper", {"r": 2, "use_dora": True})])
 def test_lora_trains_few_weights_and_leaves_a_plain_model(home, kind, settings):
     name = f"{kind}-{'dora' if 'use_dora' in settings else 'lora'}"
