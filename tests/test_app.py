@@ -92,7 +92,7 @@ def test_the_page_answers_on_this_machine(runs, models, examples, monkeypatch, t
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     page = demo.build(models, examples)
     try:
-        _, address, public = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **demo.LAUNCH)
+        _, address, public = page.launch(server_name="127.0.0.1", **demo.LAUNCH)
         assert public is None and not page.analytics_enabled
         client = Client(address, verbose=False, analytics_enabled=False)
         table, figure = client.predict(handle_file(str(examples["dog bark"])), api_name="/classify")

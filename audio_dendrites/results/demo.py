@@ -39,10 +39,12 @@ BLOCK = 6000  # frames whose spectrogram is computed at a time, one minute
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # gradio's own come from files of its package
 LAUNCH = {
     "theme": gr.themes.Default(font=FONTS[0], font_mono=FONTS[1]),
-    "footer_links": ["api"],
+    "footer_links": [],
     "run_history": False,
     "share": False,
     "ssr_mode": False,
+    "prevent_thread_lock": True,
+    "quiet": True,
 }
 
 
@@ -87,7 +89,7 @@ def hear(models: dict[str, AudioClassificationPipeline], file: str | None, progr
         gr.Error: There is no file, or it cannot be used. The page shows the message.
     """
     if file is None:
-        raise gr.Error("Record, upload or choose a sound first.", title="No sound")
+        raise gr.Error("Record, upload or choose a sound first.", print_exception=False)
     waveforms, columns, panels = {}, {}, {}
     for name, classifier in models.items():
         labels, extractor = list(classifier.model.config.id2label.values()), classifier.feature_extractor
@@ -97,7 +99,7 @@ def hear(models: dict[str, AudioClassificationPipeline], file: str | None, progr
             try:
                 waveforms[rate, channel] = load_waveform({"path": file}, rate, Path(file).name, channel)
             except BadClip as error:
-                raise gr.Error(str(error), title="This sound cannot be used") from error
+                raise gr.Error(str(error), print_exception=False) from error
         waveform = waveforms[rate, channel]
         found = answer(classifier, waveform, name, progress)
         columns[name] = dict(zip(labels, found.scores, strict=True))
@@ -185,7 +187,7 @@ def build(models: dict[str, AudioClassificationPipeline], examples: dict[str, Pa
         gr.Markdown(f"# {' and '.join(models)}\nRecord, upload or choose a sound.")
         with gr.Row():
             with gr.Column(min_width=320):
-                sound = gr.Audio(type="filepath", label="Sound", sources=["upload", "microphone"])
+                sound = gr.Audio(type="filepath", label="Sound", sources=["upload", "microphone"], buttons=["download"])
                 button = gr.Button("Classify", variant="primary")
                 gr.Examples(
                     [[str(file)] for file in examples.values()], sound, example_labels=list(examples),
@@ -193,7 +195,7 @@ def build(models: dict[str, AudioClassificationPipeline], examples: dict[str, Pa
                 )  # fmt: skip
             with gr.Column(min_width=320):
                 table = gr.Dataframe(label="Best classes", headers=["class", *models], interactive=False)
-        plot = gr.Plot(label="What the model hears")
+        plot = gr.Plot(show_label=False)
         button.click(classify, sound, [table, plot], api_name="classify", concurrency_limit=1)
     return page
 
@@ -214,6 +216,8 @@ def main(arguments: Iterable[str]) -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where gradio keeps uploads
         page = build(models, write_examples(Path(folder)))
         try:
-            page.launch(server_name=options.server_name, server_port=options.port, **LAUNCH)
+            _, address, _ = page.launch(server_name=options.server_name, server_port=options.port, **LAUNCH)
         except OSError as error:
             raise UserError(f"--port: {error}") from error
+        print(f"The demo is at {address}. Press Ctrl-C to end it.", flush=True)
+        page.block_thread()
