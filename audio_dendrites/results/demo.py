@@ -3,7 +3,7 @@
     python app.py RUN [RUN ...] [--port 7860]
 
 Decoding, windows and scores are those of predict.py. The examples are generated. The page needs no network, and only
-this machine can open it unless --server_name says otherwise. All sounds are deleted when the program ends.
+this machine can open it unless --server_name says otherwise. Ctrl-C ends the program and deletes the sounds.
 """
 
 import argparse
@@ -36,9 +36,8 @@ MEL_BANDS = 128  # of the spectrogram for a model that has none of its own
 RANGE = 16  # of the spectrogram in nats, about 70 dB
 COLUMNS = 800  # the most that a spectrogram has
 BLOCK = 6000  # frames whose spectrogram is computed at a time, one minute
-FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # gradio's own come from files of its package
 LAUNCH = {
-    "theme": gr.themes.Default(font=FONTS[0], font_mono=FONTS[1]),
+    "theme": gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
     "footer_links": [],
     "run_history": False,
     "share": False,
