@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from pandas import DataFrame
-from scipy.special import expit, softmax
 from transformers import pipeline
 
 from audio_dendrites.data.audio import SUFFIXES, BadClip, load_waveform
-from audio_dendrites.data.windows import classify
+from audio_dendrites.data.windows import classify, to_scores
 from audio_dendrites.errors import UserError
 from audio_dendrites.files import written_whole
 from audio_dendrites.models.finished import load_finished
@@ -47,17 +46,15 @@ def predict(run: str, files: Sequence[Path], trust_remote_code: bool = False) ->
     """
     model, extractor = load_finished(run, trust_remote_code)
     classifier = pipeline("audio-classification", model=model, feature_extractor=extractor)
-    config, rows, faults = model.config, [], []
-    channel = getattr(config, "channel", "mean")
-    scores = expit if config.problem_type == "multi_label_classification" else softmax
+    rows, faults, channel = [], [], getattr(model.config, "channel", "mean")
     for file in files:
         try:
             waveform = load_waveform({"bytes": None, "path": str(file)}, extractor.sampling_rate, channel=channel)
         except BadClip as error:
             faults.append(str(error))
         else:
-            rows.append([str(file), *scores(classify(classifier, waveform))])
-    return DataFrame(rows, columns=["file", *config.id2label.values()]), faults
+            rows.append([str(file), *to_scores(classifier, classify(classifier, waveform))])
+    return DataFrame(rows, columns=["file", *model.config.id2label.values()]), faults
 
 
 def summary(predictions: DataFrame, top_k: int) -> str:

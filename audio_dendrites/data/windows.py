@@ -1,9 +1,10 @@
 """Cut clips that are longer than the model's window into overlapping windows, and combine the logits of the windows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import expit, softmax
 from torch.utils.data import Dataset
 from transformers import ASTFeatureExtractor, AudioClassificationPipeline
 
@@ -102,13 +103,36 @@ def classify(pipeline: AudioClassificationPipeline, waveform: np.ndarray) -> np.
     Returns:
         Logits (classes,), float32.
     """
+    return combine(pipeline, window_logits(pipeline, waveform, pipeline_windows(pipeline, len(waveform))))
+
+
+def window_logits(pipeline: AudioClassificationPipeline, waveform: np.ndarray, cuts: Iterable[slice]) -> np.ndarray:
+    """Classify windows of a clip one after the other. Only one window at a time is in memory as features.
+
+    Args:
+        pipeline: A pipeline for audio classification.
+        waveform: Samples (samples,) at the sampling rate of the pipeline.
+        cuts: The windows, as `pipeline_windows` returns them. At least one.
+
+    Returns:
+        Logits (windows, classes), float32.
+    """
     names = pipeline.model.config.id2label.values()
-    cuts = pipeline_windows(pipeline, len(waveform))
-    answers = pipeline([waveform[cut] for cut in cuts], top_k=len(names), function_to_apply="none")
-    found = [{one["label"]: one["score"] for one in window} for window in answers]
-    logits = np.array([[window[name] for name in names] for window in found], dtype=np.float32)
+    answers = pipeline((waveform[cut] for cut in cuts), top_k=len(names), function_to_apply="none")
+    found = ({one["label"]: one["score"] for one in window} for window in answers)
+    return np.array([np.float32([window[name] for name in names]) for window in found])
+
+
+def combine(pipeline: AudioClassificationPipeline, logits: np.ndarray) -> np.ndarray:
+    """Combine the logits (windows, classes) of one clip to (classes,) as the configuration of the model says."""
     aggregation = getattr(pipeline.model.config, "window_aggregation", "mean")
     return aggregate(logits, np.zeros(len(logits), dtype=int), aggregation)[0]
+
+
+def to_scores(pipeline: AudioClassificationPipeline, logits: np.ndarray) -> np.ndarray:
+    """Scores of logits (…, classes): sigmoids for a multi-label model, otherwise the softmax over the classes."""
+    multi_label = pipeline.model.config.problem_type == "multi_label_classification"
+    return expit(logits) if multi_label else softmax(logits, axis=-1)
 
 
 def pipeline_windows(pipeline: AudioClassificationPipeline, length: int) -> list[slice]:
