@@ -13,14 +13,20 @@ several recipes, or with `baseline: true` in a single one, it also writes compar
 """
 
 import argparse
-import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("--folds", nargs="+", metavar="FOLD", help="Test folds. Default: all folds of the recipe.")
+PARSER.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="Default: the seed of the first recipe.")
+PARSER.add_argument("--last", action="store_true", help="No fold chooses: train on all others, test the last step.")
+PARSER.add_argument("--collect", action="store_true", help="Do not train. Put together what is finished.")
+if __name__ == "__main__":
+    PARSER.parse_known_args()  # here, so that --help does not wait for the imports below
+
 import train
-from audio_dendrites.errors import UserError
+from audio_dendrites.errors import UserError, run_program
 from audio_dendrites.recipes import Recipe, parse_recipe
 from audio_dendrites.results.arms import check_arms, fold_recipes, sides_of, split_arms
 from audio_dendrites.results.folds import collect
@@ -56,12 +62,7 @@ def check_last(recipe: Recipe) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Train the runs that no other command trains, and put the finished runs together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folds", nargs="+", metavar="FOLD", help="Test folds. Default: all folds of the recipe.")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="Default: the seed of the first recipe.")
-    parser.add_argument("--last", action="store_true", help="No fold chooses: train on all others, test the last step.")
-    parser.add_argument("--collect", action="store_true", help="Do not train. Put together what is finished.")
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = PARSER.parse_known_args(arguments)
     folder, words = split_arms(rest)
     bases = [parse_recipe(own) for own in words.values()]
     seeds = options.seeds or [bases[0].training.seed]
@@ -77,13 +78,8 @@ def main(arguments: Sequence[str]) -> None:
     else:
         train.main(*recipes)
     if recipes[0].training.process_index == 0:
-        collect(sides_of(arms), folder, ["python", *sys.argv])
+        collect(sides_of(arms), folder, ["python", "crossval.py", *arguments])
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("audio_dendrites").setLevel(logging.INFO)
-    try:
-        main(sys.argv[1:])
-    except (UserError, PAIError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main, PAIError)

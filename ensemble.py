@@ -7,27 +7,26 @@ and, so that compare.py accepts the folder as a run, metrics.json and prediction
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from audio_dendrites.errors import UserError
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folders of finished runs.")
+PARSER.add_argument("--output", type=Path, metavar="FOLDER", help="Default: ensemble, beside the first run.")
+if __name__ == "__main__":
+    PARSER.parse_args()  # here, so that --help does not wait for the imports below
+
+from audio_dendrites.errors import run_program
 from audio_dendrites.results.ensemble import write_ensemble
 
 
 def main(arguments: Sequence[str]) -> None:
     """Read the command line, put the runs together and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folders of finished runs.")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="Default: ensemble, beside the first run.")
-    options = parser.parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     output = options.output or options.runs[0].resolve().parent / "ensemble"
     table = write_ensemble(options.runs, output)
     print(f"{table}\n\nWritten to {output}/ensemble.md, metrics.json and predictions.parquet")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -44,6 +44,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 try:
@@ -511,7 +512,7 @@ class PAICallback(TrainerCallback):
         self.active = True
         if args.should_save:
             how = f"{self.config.schedule}, {self.config.activation}"
-            print(f"Dendrites: up to {self.config.max_dendrites} per layer ({how}) on {', '.join(names)}", flush=True)
+            _show(f"Dendrites: up to {self.config.max_dendrites} per layer ({how}) on {', '.join(names)}")
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         if self.active and not self.complete and state.global_step > 0:
@@ -642,7 +643,7 @@ class PAICallback(TrainerCallback):
             counts = f"{entry['evaluated_dendrites']} -> {entry['dendrites']} per layer"
             size = f"{entry['parameters']:,} parameters"
             metric = "" if entry["metric"] is None else f", metric {entry['metric']:.5g}"
-            print(f"Dendrites, step {entry['step']}: {what[entry['event']]}; {counts}, {size}{metric}", flush=True)
+            _show(f"Dendrites, step {entry['step']}: {what[entry['event']]}; {counts}, {size}{metric}")
 
     def _check_top(self, state, model: nn.Module) -> None:
         """Warn if the weights from dendrites to neurons have hardly moved from zero."""
@@ -691,6 +692,12 @@ class PAICallback(TrainerCallback):
     def restructure(self, folder: Path, model: nn.Module) -> None:
         """Give a live model the structure of a checkpoint, before its weights are loaded."""
         _grow_to(model, self._layers, self.config, _read_state(folder)["dendrites"], anew=True)
+
+
+def _show(line: str) -> None:
+    """Print a line at once, above the bars of a terminal."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -9,9 +9,21 @@ exit code is 1.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("run", metavar="RUN", help="Run folder or Hub id.")
+PARSER.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="Sound files, or folders of them.")
+PARSER.add_argument("--top_k", type=int, default=3, help="Number of classes to show for each file. Default: 3.")
+PARSER.add_argument("--output", type=Path, metavar="FILE", help="CSV file for the scores of all classes.")
+PARSER.add_argument(
+    "--trust_remote_code",
+    action="store_true",
+    help="Run the Python code in the repository of a model that needs it. Read the code first.",
+)
+if __name__ == "__main__":
+    PARSER.parse_args()  # here, so that --help does not wait for the imports below
 
 import numpy as np
 from pandas import DataFrame
@@ -19,7 +31,7 @@ from transformers import pipeline
 
 from audio_dendrites.data.audio import SUFFIXES, BadClip, load_waveform
 from audio_dendrites.data.windows import classify, to_scores
-from audio_dendrites.errors import UserError
+from audio_dendrites.errors import UserError, run_program
 from audio_dendrites.files import written_whole
 from audio_dendrites.models.finished import load_finished
 from audio_dendrites.results.tables import markdown_table
@@ -69,14 +81,7 @@ def summary(predictions: DataFrame, top_k: int) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Read the command line, classify, print, and write the CSV file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="Run folder or Hub id.")
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="Sound files, or folders of them.")
-    parser.add_argument("--top_k", type=int, default=3, help="Number of classes to show for each file. Default: 3.")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file for the scores of all classes.")
-    code = "Run the Python code in the repository of a model that needs it. Read the code first."
-    parser.add_argument("--trust_remote_code", action="store_true", help=code)
-    options = parser.parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     if options.top_k < 1:
         raise UserError(f"--top_k must be 1 or more, got {options.top_k}")
     files = find_files(options.paths)
@@ -96,7 +101,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -9,13 +9,21 @@ command again sends only the missing files. --dry_run lists every file, needs no
 """
 
 import argparse
-import logging
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from audio_dendrites.errors import UserError
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a finished run.")
+PARSER.add_argument("--repo_id", help="owner/name, for one RUN. Default: name of the folder, owner of the token.")
+PARSER.add_argument("--private", action="store_true", help="Make a new repository private.")
+PARSER.add_argument("--revision", metavar="BRANCH", help="Branch to push to, created if missing. Default: main.")
+PARSER.add_argument("--without_baseline", action="store_true", help="Push a run with dendrites alone.")
+PARSER.add_argument("--dry_run", action="store_true", help="List every file and its size, and send nothing.")
+if __name__ == "__main__":
+    PARSER.parse_args()  # here, so that --help does not wait for the imports below
+
+from audio_dendrites.errors import run_program
 from audio_dendrites.publishing.content import read_comparison, staged_files
 from audio_dendrites.publishing.hub import Target, publish, staged
 from audio_dendrites.recipes import default_hub_model_id
@@ -57,16 +65,9 @@ def show(run: Path, repo_id: str, other: str | None) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Read the command line, and push or show one run after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a finished run.")
-    parser.add_argument("--repo_id", help="owner/name, for one RUN. Default: name of the folder, owner of the token.")
-    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
-    parser.add_argument("--revision", metavar="BRANCH", help="Branch to push to, created if missing. Default: main.")
-    parser.add_argument("--without_baseline", action="store_true", help="Push a run with dendrites alone.")
-    parser.add_argument("--dry_run", action="store_true", help="List every file and its size, and send nothing.")
-    options = parser.parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     if options.repo_id and len(options.runs) > 1:
-        parser.error(f"--repo_id must be left out with more than one run, got {len(options.runs)} runs")
+        PARSER.error(f"--repo_id must be left out with more than one run, got {len(options.runs)} runs")
     for run, repo_id, other in publications(options):
         if options.dry_run:
             show(run, repo_id, other)
@@ -77,8 +78,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -6,23 +6,26 @@ The same command resumes a run that was interrupted. With `baseline: true`, a re
 without them, and the two runs are compared.
 """
 
-import logging
 import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from audio_dendrites.errors import run_program
+from audio_dendrites.recipes import Recipe, parse_recipe, write_yaml
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse_recipe(["--help"])  # here, so that it does not wait for the imports below
+
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 
-from audio_dendrites.errors import UserError
 from audio_dendrites.models.families import default_dendrites, learning_rates
 from audio_dendrites.models.loading import load_model, load_teacher
 from audio_dendrites.publishing import hub
 from audio_dendrites.publishing.card import write_card
-from audio_dendrites.recipes import Recipe, parse_recipe, write_yaml
 from audio_dendrites.results.comparison import write_comparison
 from audio_dendrites.results.metrics import compute_metrics
 from audio_dendrites.results.report import is_finished, print_summary
@@ -161,9 +164,4 @@ def make_trainer(data: RunData, model: PreTrainedModel) -> AudioTrainer:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("audio_dendrites").setLevel(logging.INFO)
-    try:
-        main(parse_recipe(sys.argv[1:]))
-    except (UserError, PAIError) as error:
-        sys.exit(f"error: {error}")
+    run_program(lambda words: main(parse_recipe(words)), PAIError)

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from audio_dendrites.errors import UserError
 
+INSTALLED = Path(__file__).parent / "programs"  # in a wheel
+ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent  # has the programs, configs and model_cards
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # torch.save reports a failed write without its cause.
 TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "unexpected pos", "iostream error")

@@ -24,13 +24,11 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from datasets import ReadInstruction
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
 from audio_dendrites.errors import UserError
-from audio_dendrites.files import written_whole
+from audio_dendrites.files import ROOT, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -298,6 +296,8 @@ class DataArguments:
 
 def _share_rows(one: str, other: str) -> bool:
     """Whether two splits of a data set overlap, such as train and train[90%:]. Each split may have any length."""
+
+    from datasets import ReadInstruction  # here, because the import takes a second that --help need not wait
 
     def parts(split: str) -> list[tuple[str, int, int]]:
         lengths = dict.fromkeys(re.findall(r"(?:^|\+)\s*([\w.]+)", split), 10**9)
@@ -577,6 +577,8 @@ class RunArguments(TrainingArguments):
             )
 
     def _check_trackers(self) -> None:
+        from transformers.integrations import get_available_reporting_integrations  # takes two seconds, as above
+
         trackers = get_available_reporting_integrations()
         asked = self.report_to if self.report_to not in (["all"], ["none"], None) else []
         if missing := [name for name in asked if name not in trackers]:
@@ -767,18 +769,19 @@ def parse_recipe(argv: list[str]) -> Recipe:
     """Read a recipe and the changes that the command line makes to it.
 
     Args:
-        argv: `[recipe.yaml] [--field value ...]`, as `sys.argv[1:]`. The value null unsets a field.
+        argv: `[recipe] [--field value ...]`, as `sys.argv[1:]`. The recipe is a file, or the name of one in configs/
+            without its suffix, such as urbansound8k/ast. The value null unsets a field.
 
     Raises:
         UserError: A file is missing, a field is unknown, or a value is not allowed.
     """
     parser = _RecipeParser(
         PARTS,
-        usage="accelerate launch train.py [recipe.yaml] [--field value ...]",
+        usage="accelerate launch train.py [recipe] [--field value ...]",
         description="Fine-tune an audio classifier. A recipe is a YAML file with any of the fields below.",
         allow_abbrev=False,
     )
-    path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    path = find_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
     parser.set_defaults(output_dir=default_output_dir(path))
     recipe = read_yaml(path) if path else {}
     tokens = list(_as_tokens(recipe, parser, path))
@@ -794,6 +797,12 @@ def parse_recipe(argv: list[str]) -> Recipe:
     named = {re.sub("^--(no[_-])?", "", word.split("=")[0]).replace("-", "_") for word in overrides}
     known = {name.name for part in PARTS for name in dataclasses.fields(part)}
     return Recipe(*parts, chosen=frozenset((named | set(recipe)) & known))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: the file `name` if it exists, else `configs/<name>.yaml` of this project if that exists."""
+    own = ROOT / "configs" / f"{name}.yaml"
+    return own if own.is_file() and not Path(name).is_file() else Path(name)
 
 
 def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -814,7 +823,7 @@ def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(f"recipe {path}: {error.strerror}; the recipes are in configs/") from error
+        raise UserError(f"recipe {path}: {error.strerror}; the recipes are in {ROOT / 'configs'}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):

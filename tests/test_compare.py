@@ -15,9 +15,10 @@ from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.results import statistics
-from audio_dendrites.results.comparison import main, write_comparison
+from audio_dendrites.results.comparison import write_comparison
 from audio_dendrites.results.statistics import Difference, Runs, difference, error_reduction, holm, mcnemar_exact
 from benchmarks.false_alarms import rates
+from compare import main
 
 
 def test_small_statistics_by_hand():

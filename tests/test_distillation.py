@@ -91,7 +91,7 @@ def test_a_teacher_that_does_not_fit_is_an_error_before_the_features(run, teache
             "a model with the features of the recipe, got .*: max_length must be 96, got 80",
         ),
         ({"distill_from": teacher, "loss": "bce"}, "a model of the recipe's loss, bce, got .* with cross_entropy"),
-        ({"distill_from": teacher, "labels": ["low", "high"]}, "must have the classes low, high, got .* with high, low"),
+        ({"distill_from": teacher, "labels": ["low", "high"]}, "the classes low, high, got .* with high, low"),
         (
             {"distill_from": str(tmp_path / "waves")} | waves | {"max_length": 96},
             "a model with the features of the recipe, got .*: max_length must be 96, got 80",

@@ -24,13 +24,13 @@ from audio_dendrites.data.splits import class_names, drawn_splits, encode_labels
 from audio_dendrites.errors import UserError
 from audio_dendrites.publishing.content import stage_run
 from audio_dendrites.recipes import DataArguments, RunArguments, parse_recipe
-from audio_dendrites.results.comparison import main as compare
 from audio_dendrites.results.comparison import write_comparison
 from audio_dendrites.results.folds import summary
 from audio_dendrites.results.metrics import compute_metrics
 from audio_dendrites.results.scores import score
 from audio_dendrites.results.tables import scores_table
 from audio_dendrites.training.losses import classification_loss, resolve_loss
+from compare import main as compare
 from data_collator import AugmentedClips, SpectrogramCollator, WaveformCollator
 
 

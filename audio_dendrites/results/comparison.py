@@ -1,15 +1,5 @@
-"""Compare sides of finished runs. --help explains the options.
+"""Compare sides of finished runs: tables, intervals and a figure. See compare.py."""
 
-    python compare.py BASELINE DENDRITIC [--output FOLDER]
-    python compare.py --side plain RUN ... --side wide RUN ... --side dendrites RUN ... [--output FOLDER]
-
-The first side is the reference. The runs of a side differ in their seeds or test folds. All sides must have the same
-test folds. The score of a side is the mean over its runs. The intervals of the differences cover other recordings and,
-with several runs on each side, other seeds. Writes comparison.md, comparison.csv, comparison.png and comparison.json.
-If each of two sides has one run, comparison.json is also written into both run folders, for their model cards.
-"""
-
-import argparse
 import json
 import statistics
 from collections import Counter
@@ -301,20 +291,3 @@ def write_comparison(sides: Mapping[str, Sequence[Path]], folder: Path) -> None:
             path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     verdicts = "\n\n".join(other["verdict"] for other in found["sides"][1:])
     print(f"\n{sides_table(found)}\n\n{differences_table(found)}\n\n{verdicts}\n\nWritten to {folder}/comparison.md")
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Read the command line, compare and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="BASELINE DENDRITIC", help="Two run folders.")
-    side = {"nargs": "+", "action": "append", "default": [], "metavar": ("NAME", "RUN")}
-    parser.add_argument("--side", **side, help="Name of a side, and its run folders.")
-    parser.add_argument("--output", type=Path, help="Default: DENDRITIC, or `comparison` beside the last runs.")
-    options = parser.parse_args(arguments)
-    named = {name: [Path(run) for run in runs] for name, *runs in options.side}
-    if len(options.runs) == 2 and not named:
-        named = {name: [run] for name, run in zip(("baseline", "dendritic"), options.runs, strict=True)}
-    elif options.runs or len(named) < max(2, len(options.side)) or not all(named.values()):
-        parser.error("expected two run folders, or --side NAME RUN ... twice or more, each with a name of its own")
-    last = list(named.values())[-1][0]
-    write_comparison(named, options.output or (last if options.runs else last.resolve().parent / "comparison"))

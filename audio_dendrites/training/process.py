@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import joblib
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import distributed
 from transformers import TrainingArguments
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from audio_dendrites.errors import UserError
 
@@ -20,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_process(args: TrainingArguments) -> None:
-    """Silence the log of all processes but the first, check how they were started, and use all cores of a CPU.
+    """Set up the log, check how the processes were started, and use all cores of a CPU.
 
     Every launcher gives a process on the CPU one thread. If `OMP_NUM_THREADS` is above 1, it is kept.
 
@@ -28,8 +31,7 @@ def prepare_process(args: TrainingArguments) -> None:
         UserError: A launcher started several processes, but each of them sees only itself; or one process sees several
             GPUs.
     """
-    if args.process_index:
-        logging.getLogger("audio_dendrites").setLevel(logging.ERROR)
+    _set_up_log(args)
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > args.world_size:
         raise UserError(
@@ -51,6 +53,26 @@ def prepare_process(args: TrainingArguments) -> None:
         )
     if args.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _set_up_log(args: TrainingArguments) -> None:
+    """Show what `log_level` asks for. All processes but the first log errors only.
+
+    By default, the libraries log errors only, and the bars are those of steps, data and downloads.
+    """
+    if args.process_index:
+        logging.getLogger("audio_dendrites").setLevel(logging.ERROR)
+    elif args.log_level in ("debug", "info"):
+        for name in ("", "audio_dendrites"):
+            logging.getLogger(name).setLevel(args.log_level.upper())
+        return
+    if args.log_level == "passive":
+        set_verbosity_error()  # of transformers
+    if not are_progress_bars_disabled():
+        disable_progress_bar()  # of each model that is read and each checkpoint that is written
+        enable_progress_bars()  # of downloads, which the line above has disabled, too
+    if args.process_index or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 @contextmanager

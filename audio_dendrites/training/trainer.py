@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrategy, PredictionOutput
@@ -34,6 +34,7 @@ from audio_dendrites.training.averaging import MovingAverage, average_weights
 from audio_dendrites.training.checkpoints import CheckpointError, whole_checkpoints
 from audio_dendrites.training.losses import classification_loss, distilled_labels
 from audio_dendrites.training.process import without_tf32
+from audio_dendrites.training.progress import EvaluationLines
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ class AudioTrainer(Trainer):
         self.train_sampler, self.loss, self.class_weights = train_sampler, loss, class_weights
         self.teacher = teacher and teacher.to(self.args.device)
         self.averaged_steps: list[int] = []
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+        self.add_callback(EvaluationLines)
         self.ema = None
         if (decay := getattr(self.args, "ema_decay", None)) is not None:
             self.ema = MovingAverage(decay)
