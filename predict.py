@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="Run folder or Hub id.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="Sound files, or folders of them.")
     parser.add_argument("--top_k", type=int, default=3, help="Number of classes to show for each file. Default: 3.")
-    parser.add_argument("--batch_size", type=int, default=8, help="Windows in a batch. Default: 8.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Windows in a batch. Default: 16.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file for the scores of all classes.")
     timeline = "File for the scores of each window: CSV, or labels for Audacity if the name ends in .txt."
     parser.add_argument("--timeline", type=Path, metavar="FILE", help=timeline)

@@ -22,6 +22,7 @@ from audio_dendrites.errors import UserError
 from audio_dendrites.models.families import CLASSIFIER
 
 _CLIPS_A_WORKER = 16  # for fewer clips, a process takes longer to start than it saves
+_WORKERS = 4  # at most: what they prepare is in shared memory, of which a container has 64 MB by default
 _LOOK_AHEAD = 8  # batches in which windows of equal length are looked for
 
 
@@ -120,7 +121,7 @@ def classify_clips(
     model: PreTrainedModel,
     extractor: FeatureExtractionMixin,
     clips: Sequence[Mapping[str, Any]],
-    batch_size: int = 8,
+    batch_size: int = 16,
     embed: bool = False,
 ) -> Iterator[Answer]:
     """Classify clips of any number and any length. The memory depends on neither.
@@ -143,10 +144,11 @@ def classify_clips(
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     layout, channel = window_layout(extractor, config), getattr(config, "channel", "mean")
-    workers = min(os.cpu_count() or 1, len(clips) // _CLIPS_A_WORKER)
+    workers = min(_WORKERS, os.cpu_count() or 1, len(clips) // _CLIPS_A_WORKER)
     batches = Batches(clips, extractor, layout, channel, batch_size)
     waiting, found, following = {}, defaultdict(list), 0
-    for inputs, windows in DataLoader(batches, batch_size=None, num_workers=workers):
+    loader = DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None)
+    for inputs, windows in loader:
         results = _run(model, inputs, embed) if inputs else [()] * len(windows)
         for window, result in zip(windows, results, strict=True):
             found[window.clip].append((window, *result))
