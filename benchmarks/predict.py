@@ -54,7 +54,7 @@ def main() -> None:
     options = parser(__doc__, batch_size=16)
     options.add_argument("--clips", type=int, default=300)
     options.add_argument("--family", default="ast", choices=["ast", "vit", "cnn14"])
-    options.add_argument("--frames", type=int, default=400)
+    options.add_argument("--frames", type=int, default=400, help="At least 398, so that a clip is one window.")
     options.add_argument("--num_mel_bins", type=int, default=128)
     options.add_argument("--model_config", default="{}")
     arguments = options.parse_args()
