@@ -8,7 +8,7 @@ import pytest
 import soundfile
 from conftest import recording
 
-from audio_dendrites.data.audio import BadClip, load_waveform
+from audio_dendrites.data.audio import BadClip, load_waveform, waveform_blocks
 
 PITCH, LEVEL = 1000.0, 0.25
 FORMATS = {
@@ -105,6 +105,17 @@ def test_without_pyav_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr("audio_dendrites.data.audio.HAS_AV", False)
     with pytest.raises(BadClip, match="^dog.m4a: cannot decode: format not recognised.*pip install av$"):
         load(recording(tone(16000)[:, None], 16000, "ipod", "aac"), name="dog.m4a")
+
+
+def test_decoding_in_blocks_changes_no_number(monkeypatch):
+    samples = np.stack([noise(50000), tone(44100, seconds=50000 / 44100)], axis=1)
+    files = [encode(samples, 44100, container) for container in ("WAV", "FLAC", "MP3", "OGG")]
+    files.append(recording(samples, 44100, "ipod", "aac"))
+    whole = [load(file) for file in files]
+    monkeypatch.setattr("audio_dendrites.data.audio._BLOCK", 7001)
+    for file, expected in zip(files, whole, strict=True):
+        assert len(list(waveform_blocks({"bytes": file, "path": None}))) > 5
+        np.testing.assert_allclose(load(file), expected, rtol=0, atol=1e-6)
 
 
 def test_a_file_that_names_another_one_does_not_open_it(tmp_path, monkeypatch):

@@ -7,15 +7,15 @@ import pytest
 import torch
 from conftest import TONES, recipe_of, tone
 from pandas import read_parquet
-from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapTextConfig, pipeline
+from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapTextConfig
 
 import train
-from audio_dendrites.data.windows import classify
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.families import layer_of
 from audio_dendrites.models.finished import load_finished
 from audio_dendrites.models.loading import load_extractor, load_model
 from audio_dendrites.recipes import FeatureArguments, ModelArguments
+from audio_dendrites.results.inference import classify_clips
 
 AUDIO = {
     "spec_size": 128, "window_size": 4, "patch_embeds_hidden_size": 8, "hidden_size": 16, "depths": [1, 1],
@@ -77,11 +77,11 @@ def test_clap_grows_dendrites_and_pipeline_gives_its_predictions(clap, tones, tm
     block = "audio_model.audio_encoder.layers.1.blocks.0"
     assert grown == {f"{block}.intermediate.dense", f"{block}.output.dense", "classifier"}
     assert {path.name for path in (tmp_path / "run").glob("*.py")} == {"clap.py", "dendritic.py"}
-    model, extractor = load_finished(tmp_path / "run")
-    loaded = pipeline("audio-classification", model=model, feature_extractor=extractor)
-    sounds = train.load_data([recipe])[recipe.training.output_dir].windows("test", exact=True).examples
-    for row, logits in enumerate(read_parquet(tmp_path / "run" / "predictions.parquet")["logits"]):
-        assert np.abs(classify(loaded, sounds[row]["input_values"].numpy()) - logits).max() < 1e-4
+    data = train.load_data([recipe])[recipe.training.output_dir]
+    sounds = data.sound.select(data.splits["test"]).with_format("arrow")["audio"].to_pylist()
+    answers = classify_clips(*load_finished(tmp_path / "run"), sounds)
+    for answer, logits in zip(answers, read_parquet(tmp_path / "run" / "predictions.parquet")["logits"], strict=True):
+        assert np.abs(answer.logits - logits).max() < 1e-4
 
 
 def test_a_window_that_clap_would_cut_at_random_is_an_error(clap):

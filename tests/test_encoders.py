@@ -6,7 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODERS, TINY_ENCODER, TINY_WAV2VEC2, TONES, encoder_checkpoint, recipe_of, write_tones
+from conftest import (
+    ENCODERS,
+    TINY_ENCODER,
+    TINY_WAV2VEC2,
+    TONES,
+    encoder_checkpoint,
+    recipe_of,
+    tone,
+    wav,
+    write_tones,
+)
 from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
@@ -17,17 +27,16 @@ from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
-    pipeline,
 )
 
 import train
 from audio_dendrites.data.features import ExtractorClips
-from audio_dendrites.data.windows import classify
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.families import default_dendrites, layer_of
 from audio_dendrites.models.finished import load_finished
 from audio_dendrites.models.loading import load_extractor, load_model
 from audio_dendrites.models.lora import merged
+from audio_dendrites.results.inference import classify_clips
 from data_collator import AugmentedClips, ExtractorCollator
 
 
@@ -86,11 +95,14 @@ def test_an_encoder_grows_dendrites_and_resumes_to_the_bit(home, kind):
     model, extractor = load_finished(exported)
     assert model.config.model_type == f"dendritic-{kind}"
     model.config.update(data.model_settings)
-    loaded = pipeline("audio-classification", model=model, feature_extractor=extractor)
     predictions = trainer.predict_in_fp32(data.windows("test", exact=True), "test").predictions
-    sounds = data.windows("test", exact=True).examples
-    for row in (0, 7):  # of one window and of several
-        assert np.abs(classify(loaded, sounds[row]["input_values"].numpy()) - predictions[row]).max() < 1e-4
+    sounds = data.sound.select(data.splits["test"]).with_format("arrow")["audio"].to_pylist()
+    sounds += [{"bytes": wav(tone(300, 0.4)), "path": None}]  # of one window
+    *answers, short = classify_clips(model, extractor, sounds, batch_size=3, embed=True)
+    assert np.abs(np.stack([answer.logits for answer in answers]) - predictions).max() < 1e-4
+    with torch.no_grad():
+        head = model.classifier(torch.from_numpy(short.embedding))
+    assert len(short.spans) == 1 < len(answers[0].spans) and np.abs(head - short.logits).max() < 1e-4
 
     _, again = trainer_of(recipe(home, kind, f"{kind}-again", **fields))
     again.train(resume_from_checkpoint=str(home / f"{kind}-whole" / "checkpoint-2"))

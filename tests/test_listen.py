@@ -17,8 +17,9 @@ from PIL import Image
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.publishing.content import stage_run
-from audio_dendrites.results.listen import calibration, choose, graded, main, seconds_of
+from audio_dendrites.results.listen import calibration, choose, graded, seconds_of
 from audio_dendrites.results.scores import with_predictions
+from report import main
 
 HOSTILE = '<script>alert("1")</script>'
 

@@ -20,15 +20,16 @@ from torchaudio.compliance.kaldi import fbank
 from torchaudio.functional import mask_along_axis, melscale_fbanks
 from transformers import AutoConfig
 
-import predict
 import train
 from audio_dendrites.data.audio import load_waveform
 from audio_dendrites.data.features import BatchedASTFeatureExtractor, extract_features
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
+from audio_dendrites.models.finished import load_finished
 from audio_dendrites.models.loading import check_model, load_extractor, load_model
 from audio_dendrites.models.panns import SETTINGS
 from audio_dendrites.recipes import FeatureArguments, ModelArguments, RunArguments, parse_recipe
+from audio_dendrites.results.inference import classify_clips
 from audio_dendrites.training.trainer import step_factor
 from data_collator import MASKS, AugmentedClips, SpectrogramCollator, WaveformCollator
 
@@ -294,10 +295,10 @@ def test_a_run_as_asts_authors_train(run, tmp_path):
     assert all(f"| {field} |" in card for field in ("channel", "mask_value", "total_batch_size", "lr_step_start"))
     assert "\nTrained as the paper.\n" in card and AutoConfig.from_pretrained(folder).channel == "first"
     (tmp_path / "16.wav").write_bytes(wav(stereo(16)))
-    found, _ = predict.predict(str(folder), [tmp_path / "16.wav"])
+    (answer,) = classify_clips(*load_finished(folder), [{"bytes": None, "path": str(tmp_path / "16.wav")}])
     tested = pandas.read_parquet(folder / "predictions.parquet").set_index("clip").loc["clip-16"]
     expected = torch.tensor(np.array(tested["logits"])).softmax(0).numpy()
-    assert np.allclose(found.loc[0, ["high", "low"]].to_numpy(dtype=float), expected, atol=1e-4)
+    assert np.allclose(answer.scores, expected, atol=1e-4)
     # a resume is exact
     whole = shutil.copytree(folder, tmp_path / "whole")
     (folder / "metrics.json").unlink()

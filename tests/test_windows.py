@@ -19,7 +19,7 @@ from transformers import ASTFeatureExtractor, pipeline
 import predict
 import train
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
-from audio_dendrites.data.windows import ClipWindows, aggregate, windows
+from audio_dendrites.data.windows import ClipWindows, aggregate, stream_windows, windows
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.loading import load_model
 from audio_dendrites.recipes import ModelArguments, RunArguments, parse_recipe
@@ -45,6 +45,20 @@ def test_windows_of_samples_hold_whole_frames(window_length):
     assert windows(size + 7 * 160 + 5, 10, 0.5, window_length, 160) == [
         slice(start * 160, start * 160 + size) for start in (0, 5, 7)
     ]
+
+
+@pytest.mark.parametrize("window_length", [400, 0])
+@pytest.mark.parametrize("overlap", [0, 0.5, 0.99])
+def test_windows_of_a_stream_are_those_of_the_whole_clip(window_length, overlap):
+    layout = {"max_length": 10, "overlap": overlap, "window_length": window_length, "hop_length": 160}
+    clip = np.arange(12345)
+    for length in (400, 1839, 1840, 1999, 2000, 2001, 5000, 12345):
+        for block in (100, 3000, 20000):
+            found = list(stream_windows([clip[i : min(i + block, length)] for i in range(0, length, block)], **layout))
+            cuts = windows(length, **layout)
+            assert [start for start, _, _ in found] == [cut.start for cut in cuts]
+            assert all(np.array_equal(part, clip[:length][cut]) for (_, part, _), cut in zip(found, cuts, strict=True))
+            assert [last for _, _, last in found] == [False] * (len(cuts) - 1) + [True]
 
 
 def test_mean_and_max_of_each_clip():

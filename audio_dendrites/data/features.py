@@ -236,7 +236,7 @@ class ExtractorClips(Samples):
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        """What the configuration of the model needs, so that `pipeline_windows` cuts long clips the same way."""
+        """What the configuration of the model needs, so that `window_layout` cuts long clips the same way."""
         return {"window_frames": self.max_length}
 
     def stock(self) -> SequenceFeatureExtractor:

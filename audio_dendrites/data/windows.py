@@ -1,12 +1,12 @@
 """Cut clips that are longer than the model's window into overlapping windows, and combine the logits of the windows."""
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, softmax
 from torch.utils.data import Dataset
-from transformers import ASTFeatureExtractor, AudioClassificationPipeline
+from transformers import ASTFeatureExtractor, FeatureExtractionMixin, PreTrainedConfig
 
 from audio_dendrites.data.audio import window_samples
 
@@ -93,61 +93,49 @@ class ClipWindows(Dataset):
         return aggregate(logits, self.clips, self.aggregation), labels[first]
 
 
-def classify(pipeline: AudioClassificationPipeline, waveform: np.ndarray) -> np.ndarray:
-    """Classify one clip of any length. Its windows are combined as the model's configuration says, or by their mean.
+def stream_windows(
+    blocks: Iterable[np.ndarray], max_length: int, overlap: float, window_length: int, hop_length: int
+) -> Iterator[tuple[int, np.ndarray, bool]]:
+    """Cut a clip that comes in blocks of samples, as `windows` does, and hold little more than a window of it.
 
     Args:
-        pipeline: A pipeline for audio classification.
-        waveform: Samples (samples,) at the sampling rate of the pipeline.
+        blocks: Parts of a waveform, (samples,) each.
+        max_length, overlap, window_length, hop_length: As those of `windows`.
 
-    Returns:
-        Logits (classes,), float32.
+    Yields:
+        The first sample of a window, its samples, and whether it is the last window.
     """
-    return combine(pipeline, window_logits(pipeline, waveform, pipeline_windows(pipeline, len(waveform))))
+    samples = (max_length - 1) * hop_length + window_length
+    step = max(1, round(max_length * (1 - overlap))) * hop_length
+    parts, start, ahead = [], 0, 0  # the parts begin at sample `start`, and the next window `ahead` samples later
+    for block in blocks:
+        parts.append(block)
+        if sum(map(len, parts)) - ahead < samples + hop_length:
+            continue
+        held = np.concatenate(parts)
+        while len(held) - ahead >= samples + hop_length:  # more than `max_length` frames: this is not the last window
+            held, start = held[ahead:], start + ahead
+            yield start, held[:samples], False
+            ahead = step
+        parts = [held]
+    held = np.concatenate(parts)
+    if not ahead:
+        yield 0, held, True
+        return
+    last = (1 + (len(held) - window_length) // hop_length - max_length) * hop_length
+    yield start + last, held[last : last + samples], True
 
 
-def window_logits(pipeline: AudioClassificationPipeline, waveform: np.ndarray, cuts: Iterable[slice]) -> np.ndarray:
-    """Classify windows of a clip one after the other. Only one window at a time is in memory as features.
-
-    Args:
-        pipeline: A pipeline for audio classification.
-        waveform: Samples (samples,) at the sampling rate of the pipeline.
-        cuts: The windows, as `pipeline_windows` returns them. At least one.
-
-    Returns:
-        Logits (windows, classes), float32.
-    """
-    names = pipeline.model.config.id2label.values()
-    answers = pipeline((waveform[cut] for cut in cuts), top_k=len(names), function_to_apply="none")
-    found = ({one["label"]: one["score"] for one in window} for window in answers)
-    return np.array([np.float32([window[name] for name in names]) for window in found])
-
-
-def combine(pipeline: AudioClassificationPipeline, logits: np.ndarray) -> np.ndarray:
-    """Combine the logits (windows, classes) of one clip to (classes,) as the configuration of the model says."""
-    aggregation = getattr(pipeline.model.config, "window_aggregation", "mean")
-    return aggregate(logits, np.zeros(len(logits), dtype=int), aggregation)[0]
-
-
-def to_scores(pipeline: AudioClassificationPipeline, logits: np.ndarray) -> np.ndarray:
-    """Scores of logits (…, classes): sigmoids for a multi-label model, otherwise the softmax over the classes."""
-    multi_label = pipeline.model.config.problem_type == "multi_label_classification"
-    return expit(logits) if multi_label else softmax(logits, axis=-1)
-
-
-def pipeline_windows(pipeline: AudioClassificationPipeline, length: int) -> list[slice]:
-    """Cut a clip with this number of samples for a pipeline. The overlap is 0.5 if the configuration has none."""
-    extractor, config = pipeline.feature_extractor, pipeline.model.config
+def window_layout(extractor: FeatureExtractionMixin, config: PreTrainedConfig) -> dict[str, int | float]:
+    """The arguments of `windows` for a clip in samples and a finished model. The overlap is 0.5 if it has none."""
+    hop = extractor.sampling_rate // 100
+    frame = {"window_length": hop, "hop_length": hop}
     if isinstance(extractor, ASTFeatureExtractor):
-        frame = {"window_length": window_samples(extractor.sampling_rate), "hop_length": extractor.sampling_rate // 100}
-        max_length = extractor.max_length
-    elif config.model_type == "waveform-classifier" and config.max_length is not None:
-        kaldi = config.convention != "librosa"
+        frame, max_length = frame | {"window_length": window_samples(extractor.sampling_rate)}, extractor.max_length
+    elif config.model_type == "waveform-classifier":
+        kaldi, max_length = config.convention != "librosa", config.max_length
         frame = {"window_length": config.window_length if kaldi else 0, "hop_length": config.hop_length}
-        max_length = config.max_length
-    elif (frames := getattr(config, "window_frames", None)) is not None:
-        hop = extractor.sampling_rate // 100
-        frame, max_length = {"window_length": hop, "hop_length": hop}, frames
-    else:  # takes clips of any length
-        return [slice(0, length)]
-    return windows(length, max_length, getattr(config, "window_overlap", 0.5), **frame)
+    else:
+        max_length = getattr(config, "window_frames", None)
+    # A model without a limit takes clips of any length.
+    return {"max_length": max_length or sys.maxsize, "overlap": getattr(config, "window_overlap", 0.5), **frame}

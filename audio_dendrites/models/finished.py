@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import shorten
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -67,6 +68,12 @@ def load_finished(name: str | Path, trust_remote_code: bool = False) -> tuple[Pr
             f"{', '.join(wrong[:3])}. Give a finished model. A checkpoint of a model that grows dendrites is not one"
         )
     return model.requires_grad_(False).eval(), extractor
+
+
+def revision_of(name: str | Path) -> str | None:
+    """The commit of a model that was loaded from the Hub. None for a folder."""
+    path = None if Path(name).is_dir() else try_to_load_from_cache(str(name), "config.json")
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def _register_dendritic(name: str) -> None:

@@ -1,17 +1,9 @@
-"""Open a page in the browser to try finished runs: record, upload or choose a sound, and see the scores of each model.
+"""The page of app.py, made with gradio."""
 
-    python app.py RUN [RUN ...] [--port 7860]
-
-Decoding, windows and scores are those of predict.py. The examples are generated. The page needs no network, and only
-this machine can open it unless --server_name says otherwise. Ctrl-C ends the program and deletes the sounds.
-"""
-
-import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it while it is imported
 
@@ -22,14 +14,14 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
-from transformers import ASTFeatureExtractor, AudioClassificationPipeline, pipeline
+from transformers import ASTFeatureExtractor, FeatureExtractionMixin, PreTrainedModel
 
 from audio_dendrites.data.audio import BadClip, load_waveform, window_samples
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.data.synthetic import generate_clips
-from audio_dendrites.data.windows import combine, pipeline_windows, to_scores, window_logits
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.finished import load_finished
+from audio_dendrites.results.inference import Answer, classify_clips
 
 SHOWN_CLASSES = 5  # the best of each model
 MEL_BANDS = 128  # of the spectrogram for a model that has none of its own
@@ -47,37 +39,21 @@ LAUNCH = {
 }
 
 
-class Answer(NamedTuple):
-    """What a model says about a clip: `windows` in samples, and the scores of the windows and of the clip."""
-
-    windows: list[slice]
-    window_scores: np.ndarray  # (windows, classes)
-    scores: np.ndarray  # (classes,)
+Model = tuple[PreTrainedModel, FeatureExtractionMixin]
 
 
-def load_models(runs: Sequence[str], trust_remote_code: bool = False) -> dict[str, AudioClassificationPipeline]:
-    """The pipelines of run folders or models of the Hub, by short name, or by what was given if short names repeat.
+def load_models(runs: Sequence[str], trust_remote_code: bool = False) -> dict[str, Model]:
+    """Run folders or models of the Hub, by short name, or by what was given if short names repeat.
 
     Raises:
         UserError: A model cannot be loaded.
     """
     names = [Path(run).resolve().name for run in runs]
     names = names if len(set(names)) == len(names) else runs
-    models = {}
-    for name, run in zip(names, runs, strict=True):
-        model, extractor = load_finished(run, trust_remote_code)
-        models[name] = pipeline("audio-classification", model=model, feature_extractor=extractor)
-    return models
+    return {name: load_finished(run, trust_remote_code) for name, run in zip(names, runs, strict=True)}
 
 
-def answer(classifier: AudioClassificationPipeline, waveform: np.ndarray, name: str, progress: gr.Progress) -> Answer:
-    """Classify a waveform (samples,) as predict.py does."""
-    windows = pipeline_windows(classifier, len(waveform))
-    logits = window_logits(classifier, waveform, progress.tqdm(windows, desc=name, unit="windows"))
-    return Answer(windows, to_scores(classifier, logits), to_scores(classifier, combine(classifier, logits)))
-
-
-def hear(models: dict[str, AudioClassificationPipeline], file: str | None, progress: gr.Progress) -> tuple:
+def hear(models: dict[str, Model], file: str | None, progress: gr.Progress) -> tuple:
     """Classify a sound file with all models.
 
     Returns:
@@ -90,9 +66,9 @@ def hear(models: dict[str, AudioClassificationPipeline], file: str | None, progr
     if file is None:
         raise gr.Error("Record, upload or choose a sound first.", print_exception=False)
     waveforms, columns, panels = {}, {}, {}
-    for name, classifier in models.items():
-        labels, extractor = list(classifier.model.config.id2label.values()), classifier.feature_extractor
-        rate, channel = extractor.sampling_rate, getattr(classifier.model.config, "channel", "mean")
+    for name, (model, extractor) in models.items():
+        labels, rate = list(model.config.id2label.values()), extractor.sampling_rate
+        channel = getattr(model.config, "channel", "mean")
         if (rate, channel) not in waveforms:
             progress(None, desc="decoding")
             try:
@@ -100,13 +76,14 @@ def hear(models: dict[str, AudioClassificationPipeline], file: str | None, progr
             except BadClip as error:
                 raise gr.Error(str(error), print_exception=False) from error
         waveform = waveforms[rate, channel]
-        found = answer(classifier, waveform, name, progress)
+        progress(None, desc=name)
+        found = next(classify_clips(model, extractor, [{"bytes": None, "path": file}]))
         columns[name] = dict(zip(labels, found.scores, strict=True))
         bands = extractor.num_mel_bins if isinstance(extractor, ASTFeatureExtractor) else MEL_BANDS
         if (rate, channel, bands) not in panels:
             panels[rate, channel, bands] = ("spectrogram", waveform, rate, bands)
-        if len(found.windows) > 1:
-            panels[name] = ("timeline", f"{name}: score of each window", labels, found, rate)
+        if len(found.spans) > 1:
+            panels[name] = ("timeline", f"{name}: score of each window", labels, found)
     draw = {"spectrogram": draw_spectrogram, "timeline": draw_timeline}
     figure = Figure(figsize=(9, 2.6 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
@@ -150,14 +127,14 @@ def draw_spectrogram(axes: Axes, waveform: np.ndarray, rate: int, bands: int) ->
     axes.set(title=f"log-mel spectrogram at {rate / 1000:g} kHz", ylabel="mel band")
 
 
-def draw_timeline(axes: Axes, title: str, labels: Sequence[str], found: Answer, rate: int) -> None:
+def draw_timeline(axes: Axes, title: str, labels: Sequence[str], found: Answer) -> None:
     """Draw the scores of the windows of a clip, for the classes that score highest in a window.
 
     Windows overlap, so each one is drawn from halfway to the centre of the window before to halfway to the next one.
     """
     best = np.argsort(found.window_scores.max(axis=0))[-SHOWN_CLASSES:]
-    centres = np.array([(cut.start + cut.stop) / 2 for cut in found.windows]) / rate
-    edges = [0, *(centres[1:] + centres[:-1]) / 2, found.windows[-1].stop / rate]
+    centres = found.spans.mean(axis=1)
+    edges = [0, *(centres[1:] + centres[:-1]) / 2, found.spans[-1, 1]]
     mesh = axes.pcolormesh(edges, np.arange(len(best) + 1), found.window_scores.T[best], vmin=0, vmax=1, cmap="Blues")
     axes.set(title=title, yticks=np.arange(len(best)) + 0.5, yticklabels=[labels[one] for one in best])
     axes.figure.colorbar(mesh, ax=axes, label="score")
@@ -175,7 +152,7 @@ def write_examples(folder: Path) -> dict[str, Path]:
     return files
 
 
-def build(models: dict[str, AudioClassificationPipeline], examples: dict[str, Path]) -> gr.Blocks:
+def build(models: dict[str, Model], examples: dict[str, Path]) -> gr.Blocks:
     """The page. Launch it with `LAUNCH`."""
 
     def classify(file: str | None, progress: gr.Progress = gr.Progress()) -> tuple:  # noqa: B008  gradio's own way
@@ -199,23 +176,24 @@ def build(models: dict[str, AudioClassificationPipeline], examples: dict[str, Pa
     return page
 
 
-def main(arguments: Iterable[str]) -> None:
-    """Read the command line, load the models, and serve the page until Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders or Hub ids.")
-    parser.add_argument("--port", type=int, help="Default: the first free one from 7860.")
-    parser.add_argument("--server_name", default="127.0.0.1", help="Address to listen at. Default: 127.0.0.1.")
-    code = "Run the Python code in the repository of a model that needs it. Read the code first."
-    parser.add_argument("--trust_remote_code", action="store_true", help=code)
-    options = parser.parse_args(arguments)
-    if options.port is not None and not 1 <= options.port <= 65535:
-        raise UserError(f"--port must be from 1 to 65535, got {options.port}")
-    models = load_models(options.runs, options.trust_remote_code)
+def serve(runs: Sequence[str], port: int | None, server_name: str, trust_remote_code: bool) -> None:
+    """Load the models, and serve the page until Ctrl-C.
+
+    Args:
+        runs: Run folders or Hub ids.
+        port: The port, or None for the first free one from 7860.
+        server_name: The address to listen at.
+        trust_remote_code: Whether the code of a model may run.
+
+    Raises:
+        UserError: A model cannot be loaded, or the port is not free.
+    """
+    models = load_models(runs, trust_remote_code)
     with TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where gradio keeps uploads
         page = build(models, write_examples(Path(folder)))
         try:
-            _, address, _ = page.launch(server_name=options.server_name, server_port=options.port, **LAUNCH)
+            _, address, _ = page.launch(server_name=server_name, server_port=port, **LAUNCH)
         except OSError as error:
             raise UserError(f"--port: {error}") from error
         print(f"The demo is at {address}. Press Ctrl-C to end it.", flush=True)

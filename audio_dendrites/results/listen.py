@@ -1,12 +1,5 @@
-"""Write a page with the mistakes of finished runs: sounds, spectrograms, scores, confusions and calibration.
+"""The page of report.py: the mistakes of runs, to hear and to see."""
 
-    python report.py RUN [RUN ...] [--clips 60] [--output FILE]
-
-Several runs must have tested the same clips. The sounds come from the data set of the first run, so the data set must
-be on this machine. The page is one file that needs no network. It holds sounds, so publish.py does not send it.
-"""
-
-import argparse
 import base64
 import io
 from collections import Counter
@@ -35,7 +28,6 @@ from audio_dendrites.data.clips import load_clips
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.data.splits import encode_labels, is_multi_label
 from audio_dendrites.errors import UserError
-from audio_dendrites.files import written_whole
 from audio_dendrites.recipes import DataArguments
 from audio_dendrites.results.runs import read_same_tests, refuse
 from audio_dendrites.results.scores import score_names
@@ -366,23 +358,3 @@ def page(folders: Sequence[Path], count: int, dataset: str | None = None) -> str
         longest=LONGEST,
         bins=BINS,
     )
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Read the command line, write the page and say where it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folders of finished runs.")
-    parser.add_argument("--clips", type=int, default=60, help="The most clips that the page has. Default: 60.")
-    parser.add_argument("--dataset", help="The data set, if it is not where the recipe says.")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="Default: report.html in RUN, or beside several.")
-    options = parser.parse_args(arguments)
-    if options.clips < 1:
-        raise UserError(f"--clips must be 1 or more, got {options.clips}")
-    first = options.runs[0]
-    output = options.output or (first.resolve().parent if options.runs[1:] else first) / "report.html"
-    html = page(options.runs, options.clips, options.dataset)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(output) as path:
-        path.write_text(html, encoding="utf-8")
-    size = output.stat().st_size / 1e6
-    print(f"Written to {output} ({size:.1f} MB). The page holds sounds, so publish.py does not send it.")
