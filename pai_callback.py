@@ -304,8 +304,7 @@ def _perforate(model: nn.Module, layers: list[Layer], config: PAIConfig) -> None
     first = next(model.get_submodule(layers[0].name).parameters())
     with _contained("wrapping the layers"):
         _configure(config, layers, first)
-        # What perforate_model does, without the files that it reads and writes in the working directory. Another
-        # directory for that moment is no way: threads such as TensorBoard's writer may use relative paths.
+        # perforate_model also writes into the working directory. Threads such as TensorBoard's writer need it unchanged.
         globals_pai.pai_tracker = utils.TPA.PAINeuronModuleTracker(True, "PAI", making_graphs=False)
         utils.convert_network(model)
         globals_pai.pai_tracker = []
@@ -512,7 +511,7 @@ class PAICallback(TrainerCallback):
         self.active = True
         if args.should_save:
             how = f"{self.config.schedule}, {self.config.activation}"
-            _show(f"Dendrites: up to {self.config.max_dendrites} per layer ({how}) on {', '.join(names)}")
+            tqdm.write(f"Dendrites: up to {self.config.max_dendrites} per layer ({how}) on {', '.join(names)}")
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         if self.active and not self.complete and state.global_step > 0:
@@ -643,7 +642,7 @@ class PAICallback(TrainerCallback):
             counts = f"{entry['evaluated_dendrites']} -> {entry['dendrites']} per layer"
             size = f"{entry['parameters']:,} parameters"
             metric = "" if entry["metric"] is None else f", metric {entry['metric']:.5g}"
-            _show(f"Dendrites, step {entry['step']}: {what[entry['event']]}; {counts}, {size}{metric}")
+            tqdm.write(f"Dendrites, step {entry['step']}: {what[entry['event']]}; {counts}, {size}{metric}")
 
     def _check_top(self, state, model: nn.Module) -> None:
         """Warn if the weights from dendrites to neurons have hardly moved from zero."""
@@ -692,12 +691,6 @@ class PAICallback(TrainerCallback):
     def restructure(self, folder: Path, model: nn.Module) -> None:
         """Give a live model the structure of a checkpoint, before its weights are loaded."""
         _grow_to(model, self._layers, self.config, _read_state(folder)["dendrites"], anew=True)
-
-
-def _show(line: str) -> None:
-    """Print a line at once, above the bars of a terminal."""
-    with tqdm.external_write_mode():
-        print(line, flush=True)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
