@@ -304,7 +304,7 @@ def _perforate(model: nn.Module, layers: list[Layer], config: PAIConfig) -> None
     first = next(model.get_submodule(layers[0].name).parameters())
     with _contained("wrapping the layers"):
         _configure(config, layers, first)
-        # perforate_model also writes into the working directory. Threads such as TensorBoard's writer need it unchanged.
+        # perforate_model would write into the working directory, which threads such as TensorBoard's writer use.
         globals_pai.pai_tracker = utils.TPA.PAINeuronModuleTracker(True, "PAI", making_graphs=False)
         utils.convert_network(model)
         globals_pai.pai_tracker = []
