@@ -21,7 +21,7 @@ from audio_dendrites.data.windows import aggregate, stream_windows, window_layou
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.families import CLASSIFIER
 
-_CLIPS_A_WORKER = 16  # for fewer clips, a process takes longer to start than it saves
+_CLIPS_A_WORKER = 64  # for fewer clips, a process takes longer to start than it saves
 _WORKERS = 4  # at most: what they prepare is in shared memory, of which a container has 64 MB by default
 _LOOK_AHEAD = 8  # batches in which windows of equal length are looked for
 
