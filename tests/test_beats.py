@@ -103,7 +103,7 @@ def test_random_weights_are_drawn_as_published():
         layer.fc1.weight: (2 / 832) ** 0.5 * 8**-0.25, position.weight: 2 / (128 * 768) ** 0.5,
         layer.attention.gate.weight: 0.02, model.embeddings.distances.weight: 0.02,
     }  # fmt: skip
-    assert all(abs(float(weight.detach().std()) / wanted - 1) < 0.1 for weight, wanted in deviations.items())
+    assert all(abs(float(weight.detach().std()) / expected - 1) < 0.1 for weight, expected in deviations.items())
     assert not position.bias.any() and (layer.attention.gate_scale == 1).all()
 
 

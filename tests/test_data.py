@@ -202,14 +202,14 @@ def test_a_folder_of_class_folders(class_folders):
 
 def test_what_macos_leaves_in_class_folders_is_neither_a_clip_nor_a_class(class_folders):
     data = DataArguments(dataset=str(class_folders / "plain"), **SHARES)
-    wanted = load_clips(data)[1]
+    expected = load_clips(data)[1]
     for path in sorted((class_folders / "plain").rglob("*.flac")):
         leave_macos_files(path)
         leave_macos_files(path.parent)
     (class_folders / "plain" / "dog" / "._clips.parquet").write_bytes(b"\0\5\26\7")
     (class_folders / "plain" / "__MACOSX" / "dog").mkdir(parents=True)
     (class_folders / "plain" / "__MACOSX" / "dog" / "._0.flac").write_bytes(b"\0\5\26\7")
-    assert load_clips(data)[1].equals(wanted)
+    assert load_clips(data)[1].equals(expected)
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,10 @@ class ClapForAudioClassification(DendriticMixin, PreTrainedModel):
             input_features: (batch, 1 or with fusion 4, frames, num_mel_bins), as `ClapFeatureExtractor` makes them.
             is_longer: Not used. If no clip of a batch is long, the extractor marks one at random. A clip on its own is
                 always marked. This model treats all clips as marked, so a clip has the same logits in any batch.
-            labels: Class numbers (batch,); with them there is a loss.
+            labels: Class numbers (batch,), for a loss.
 
         Returns:
-            `logits` (batch, num_labels) and `loss`.
+            `logits` (batch, num_labels), and `loss` if there are labels.
         """
         logits = self.classifier(self.audio_model(input_features).pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)

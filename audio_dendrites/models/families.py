@@ -35,7 +35,7 @@ STEM = re.compile(
 )
 LAYER = re.compile(r"(^|\.)layers?\.(\d+)\.")
 ATTENTION = re.compile(r"attention|attn")
-NEW = re.compile(rf"{HEAD.pattern}|(^|\.)masked_spec_embed$")  # what a pretrained model may lack
+MAY_BE_MISSING = re.compile(rf"{HEAD.pattern}|(^|\.)masked_spec_embed$")  # in a pretrained model
 
 
 def _check_smallest(config: CNN14Config | BEATsConfig, max_length: int) -> None:

@@ -29,7 +29,7 @@ from audio_dendrites.models.ast import IMAGE_MODELS, add_patchout
 from audio_dendrites.models.cnn14 import CNN14ForAudioClassification
 from audio_dendrites.models.families import (
     CLASSIFIER,
-    NEW,
+    MAY_BE_MISSING,
     Family,
     family_of,
     field_names,
@@ -276,7 +276,7 @@ def _without_weights(labels: Sequence[str], arguments: ModelArguments, extractor
 def _resolve(
     labels: Sequence[str], arguments: ModelArguments, extractor: Inputs
 ) -> tuple[Family, PreTrainedConfig | None, PreTrainedConfig]:
-    """The family, the configuration of the pretrained model if there is one, and that of the model wanted."""
+    """The family, the configuration of the pretrained model or None, and the configuration of the new model."""
     pretrained = None if arguments.model is None else _pretrained_config(arguments)
     family = family_of(arguments.architecture, pretrained, arguments.model)
     settings = dict(arguments.model_config or {})
@@ -344,7 +344,7 @@ def _with_weights(
     fresh = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     parts, prefix = dict(model.base_model.named_children()), f"{model.base_model_prefix}."
     left = {key for key in loading["unexpected_keys"] if key.removeprefix(prefix).split(".")[0] in parts}
-    _refuse(name, {key for key in fresh | left if not NEW.search(key)})
+    _refuse(name, {key for key in fresh | left if not MAY_BE_MISSING.search(key)})
     if pretrained.id2label != config.id2label:
         logger.info(
             "New head for %d classes; %s was trained on %d others.", config.num_labels, name, pretrained.num_labels

@@ -217,8 +217,8 @@ class WaveformForAudioClassification(DendriticMixin, PreTrainedModel):
         """(batch, samples), cut or padded at the end to the frames that the network takes."""
         samples, frames = values.shape[1], self.config.max_length
         shortest = self.front_end.samples(getattr(self.config.backbone, "smallest_input", 2))
-        wanted = max(samples, shortest) if frames is None else self.front_end.samples(frames)
-        return nn.functional.pad(values, (0, wanted - samples))
+        fitted = max(samples, shortest) if frames is None else self.front_end.samples(frames)
+        return nn.functional.pad(values, (0, fitted - samples))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -94,9 +94,12 @@ class Batches(IterableDataset):
         # Some models give other logits to a padded clip. So only clips of equal length share a batch, unless the
         # extractor pads all clips to the same length.
         fixed = isinstance(self.extractor, ASTFeatureExtractor) or (padding and padding.default == "max_length")
+
+        def sort_key(window: Window) -> tuple[bool, int]:
+            return bool(window.fault), 0 if fixed else window.length
+
         while held := list(islice(windows, self.batch_size * (1 if fixed else _LOOK_AHEAD))):
-            by = lambda window: (bool(window.fault), 0 if fixed else window.length)  # noqa: E731
-            for _, group in groupby(sorted(held, key=by), key=by):
+            for _, group in groupby(sorted(held, key=sort_key), key=sort_key):
                 while batch := list(islice(group, self.batch_size)):
                     yield self._inputs(batch), batch
 
