@@ -492,7 +492,10 @@ def test_perforatedai_prints_nothing_and_writes_nothing(tmp_path, capfd, monkeyp
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    moves = []  # other threads, such as TensorBoard's writer, use the working directory
+    monkeypatch.setattr("os.chdir", moves.append)
     run(tmp_path / "run", pai=OFTEN, max_steps=20)
+    assert moves == []
     captured = capfd.readouterr()
     lines = [line for line in captured.out.splitlines() if not line.startswith("{")]
     ours = ("Dendrites: up to 3 per layer (fixed, gelu) on audio", "Dendrites, step")
