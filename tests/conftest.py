@@ -24,6 +24,7 @@ import yaml
 from datasets import ClassLabel, Dataset, List
 from hub.server import WRITE_TOKEN, Hub
 from pandas import DataFrame
+from playwright.sync_api import Browser, sync_playwright
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -219,6 +220,18 @@ def write_tones(path: Path) -> Path:
     ]
     Dataset.from_list(rows).to_parquet(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium of the system. Without one, its tests are skipped."""
+    found = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("needs Chromium: apt-get install chromium-headless-shell")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
