@@ -2,13 +2,19 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 class UserError(ValueError):
     """Something that the user wrote, named or runs on is wrong. The message says what to change."""
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Names for a message: `a, b, c`, or the first ones and the number of all: `a, b, … (527)`."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f", … ({len(names)})" if len(names) > most else "")
 
 
 def run_program(main: Callable[[list[str]], None], *errors: type[Exception]) -> None:

@@ -13,10 +13,16 @@ from pandas import DataFrame
 from transformers.trainer_utils import PredictionOutput
 
 from audio_dendrites.results.metrics import Scores
-from audio_dendrites.results.plots import plot_confusion, plot_dendrites, plot_learning_curves, save_figure
+from audio_dendrites.results.plots import (
+    plot_average_precision,
+    plot_confusion,
+    plot_dendrites,
+    plot_learning_curves,
+    save_figure,
+)
 from audio_dendrites.results.report import commit_of, environment
 from audio_dendrites.results.scores import predictions_table, score
-from audio_dendrites.results.tables import markdown_table
+from audio_dendrites.results.tables import classes_table, markdown_table
 
 NAMES = ["cat", "dog", "owl"]
 LOGITS = np.array([[2, 1, 0], [0, 3, 1], [1, 2, 0], [0, 1, 4]], np.float32)
@@ -77,6 +83,18 @@ def test_figures_show_the_numbers_of_the_run(tmp_path):
     ]  # fmt: skip
     save_figure(figure, tmp_path / "confusion.png")
     assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]  # nothing half-written is left
+
+
+def test_tables_and_figures_of_many_classes_stay_small():
+    names = [f"class {number:03}" for number in range(527)]
+    per_class = {name: {"positives": 3, "average_precision": row / 527} for row, name in enumerate(names)}
+    table = classes_table({"per_class": per_class}).splitlines()
+    assert len(table) == 64 and "class 526" in table[2] and "class 000" in table[61] and "of 527 classes" in table[-1]
+    wrong = DataFrame({"label": names, "predicted": names[:1] * 527, "logits": list(np.eye(527))})
+    axes = plot_confusion(wrong, names, "title").axes[0]
+    assert len(axes.get_yticklabels()) == 60 and "60 classes with the most mistakes" in axes.get_title()
+    several = wrong.assign(label=[[name] for name in names])
+    assert len(plot_average_precision(several, names, "title").axes[0].patches) == 60
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])

@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 
 from audio_dendrites.data.audio import window_samples
 from audio_dendrites.data.features import BatchedASTFeatureExtractor, ExtractorClips, Inputs, Waveforms
-from audio_dendrites.errors import UserError
+from audio_dendrites.errors import UserError, listed
 from audio_dendrites.models.ast import IMAGE_MODELS, add_patchout
 from audio_dendrites.models.cnn14 import CNN14ForAudioClassification
 from audio_dendrites.models.families import (
@@ -236,7 +236,7 @@ def load_teacher(
         raise UserError(f"distill_from: {error}") from error
     found = list(teacher.config.id2label.values())
     if labels is not None and found != list(labels):
-        raise UserError(f"distill_from must have the classes {', '.join(labels)}, got {name} with {', '.join(found)}")
+        raise UserError(f"distill_from must have the classes {listed(labels)}, got {name} with {listed(found)}")
     own = "bce" if teacher.config.problem_type == "multi_label_classification" else "cross_entropy"
     if loss not in (None, own):
         raise UserError(f"distill_from must be a model of the recipe's loss, {loss}, got {name} with {own}")

@@ -21,7 +21,7 @@ from audio_dendrites.results.metrics import ranking
 from audio_dendrites.results.plots import save_figure
 from audio_dendrites.results.runs import check_same_clips, check_same_task, read_run, refuse
 from audio_dendrites.results.statistics import SCORES, Runs, difference, error_reduction, holm, mcnemar_exact
-from audio_dendrites.results.tables import differences_table, sides_table, span
+from audio_dendrites.results.tables import best_and_worst, differences_table, sides_table, span
 
 SIGNIFICANT = 0.05
 METHOD = """Intervals are at 95 %. With one run on each side, they describe these two models on other recordings
@@ -235,7 +235,7 @@ over runs. {METHOD}
 
 
 def plot(found: Mapping[str, Any], sides: Sequence[Side]) -> Figure:
-    """Plot the differences with their intervals, and the score of each side by class."""
+    """Plot the differences with their intervals, and the score of each side by class; see `best_and_worst`."""
     reference, *others = found["sides"]
     score = found["scores"][0]
     what, key = ("accuracy",) * 2 if score == "accuracy" else ("average precision", "average_precision")
@@ -244,6 +244,7 @@ def plot(found: Mapping[str, Any], sides: Sequence[Side]) -> Figure:
         runs = [DataFrame(metrics["test"]["per_class"]).loc[key] for metrics in side.metrics]
         by_class[side.name] = DataFrame(runs).mean()  # over the runs that were tested on the class
     by_class = by_class.reindex([label for label in sides[0].metrics[0]["labels"] if label in by_class.index])
+    by_class = by_class.loc[best_and_worst(by_class[reference["name"]].to_dict())]
     figure = Figure(figsize=(11, 2 + 0.35 * max(len(by_class), len(others))), layout="constrained")
     differences, classes = figure.subplots(1, 2, width_ratios=[1, 2])
     differences.axvline(0, color="grey", linewidth=1)

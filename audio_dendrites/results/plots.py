@@ -15,6 +15,7 @@ from audio_dendrites.data.splits import is_multi_label
 from audio_dendrites.files import written_whole
 from audio_dendrites.results.dendrites import use_sentence
 from audio_dendrites.results.scores import score
+from audio_dendrites.results.tables import MOST, best_and_worst
 
 matplotlib.use("agg")
 
@@ -38,8 +39,9 @@ def plot_classes(predictions: DataFrame, labels: Sequence[str], title: str, fold
 
 
 def plot_average_precision(predictions: DataFrame, labels: Sequence[str], title: str) -> Figure:
-    """A bar for each class that has clips, the best on top."""
-    per_class = DataFrame(score(predictions, labels)["per_class"]).loc["average_precision"].sort_values(kind="stable")
+    """A bar for each class that has clips, the best on top; see `best_and_worst`."""
+    per_class = DataFrame(score(predictions, labels)["per_class"]).loc["average_precision"]
+    per_class = per_class[best_and_worst(per_class.to_dict())].sort_values(kind="stable")
     figure = Figure(figsize=(8, 1.5 + 0.22 * len(per_class)), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(per_class.index, per_class)
@@ -50,7 +52,16 @@ def plot_average_precision(predictions: DataFrame, labels: Sequence[str], title:
 
 
 def plot_confusion(predictions: DataFrame, labels: Sequence[str], title: str) -> Figure:
-    """Confusion matrix in clips, rows the true class, shaded by the share of the row."""
+    """Confusion matrix in clips, rows the true class, shaded by the share of the row.
+
+    Of more than `MOST` classes, it has those with the most mistakes.
+    """
+    if len(labels) > MOST:
+        wrong = predictions[predictions["label"] != predictions["predicted"]]
+        mistakes = pandas.concat([wrong["label"], wrong["predicted"]]).value_counts()
+        labels = [label for label in labels if label in mistakes.index[:MOST]]
+        title = f"{title}: the {len(labels)} classes with the most mistakes"
+        predictions = predictions[predictions["label"].isin(labels) & predictions["predicted"].isin(labels)]
     size = 2.5 + 0.5 * len(labels)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.add_subplot()

@@ -5,6 +5,8 @@ from typing import Any
 
 from audio_dendrites.results.scores import score_names
 
+MOST = 60  # classes in a table or a figure
+
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     """An aligned Markdown table of rows, the first of which is the header. Floats have four digits."""
@@ -43,11 +45,22 @@ def skipped_list(skipped: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def best_and_worst(scores: Mapping[str, float]) -> list[str]:
+    """The classes that a table or a figure shows: all of them, or half of `MOST` with the best and the worst scores."""
+    if len(scores) <= MOST:
+        return list(scores)
+    ranked = sorted(scores, key=scores.get, reverse=True)
+    return ranked[: MOST // 2] + ranked[-MOST // 2 :]
+
+
 def classes_table(test: Mapping[str, Any]) -> str:
-    """The scores of each class in the test, as a Markdown table."""
+    """The scores of the classes in the test, as a Markdown table; see `best_and_worst`."""
     columns = ("clips", "accuracy", "f1") if "accuracy" in test else ("positives", "average_precision")
-    rows = [[label, *(scores[column] for column in columns)] for label, scores in test["per_class"].items()]
-    return markdown_table([["class", *columns], *rows])
+    per_class = test["per_class"]
+    shown = best_and_worst({label: scores[columns[1]] for label, scores in per_class.items()})
+    rows = [[label, *(per_class[label][column] for column in columns)] for label in shown]
+    rest = f"\n\nThe best and the worst of {len(per_class)} classes. metrics.json has all of them."
+    return markdown_table([["class", *columns], *rows]) + rest * (len(shown) < len(per_class))
 
 
 def sides_table(comparison: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from audio_dendrites.errors import UserError
+from audio_dendrites.errors import UserError, listed
 from audio_dendrites.publishing import hub
 from audio_dendrites.recipes import SIZES, Recipe, parse_recipe
 from audio_dendrites.training.process import one_process_first
@@ -138,8 +138,8 @@ def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
     classes = list(json.loads((folder / "config.json").read_text())["id2label"].values())
     if classes != labels:
         raise UserError(
-            f"resume_from_checkpoint: {folder} was trained on {len(classes)} classes ({', '.join(classes)}), "
-            f"the recipe has {len(labels)} ({', '.join(labels)}). To start from its weights, use --model {folder}"
+            f"resume_from_checkpoint: {folder} was trained on {len(classes)} classes ({listed(classes)}), "
+            f"the recipe has {len(labels)} ({listed(labels)}). To start from its weights, use --model {folder}"
         )
     return str(folder)
 
