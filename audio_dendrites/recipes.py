@@ -33,6 +33,7 @@ from audio_dendrites.files import ROOT, written_whole
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+CACHES = ("features", "waveforms", "none")
 SCORES = ("accuracy", "macro_f1", "mAP")  # of an evaluation; multi-label clips have mAP alone
 SIZES = ("intermediate_size", "width")  # fields of `model_config` that `match_parameters` sets
 WAYS_TO_DIVIDE = {
@@ -213,7 +214,13 @@ class DataArguments:
     drop_leaks: bool = option(False, "Leave out training clips whose source recording is also in validation or test.")
     on_bad_clip: Literal["error", "skip"] = option("error", "What to do with damaged, empty or silent clips.")
     channel: Literal["mean", "first"] = option("mean", "Mix channels to their mean, or take the first one.")
-    preprocessing_num_workers: int | None = option(None, "Processes that compute features. Default: cores.", "[1, inf)")
+    cache: Literal[CACHES] = option(
+        "features",
+        "What the disk keeps of each clip. features: what the model gets. waveforms: samples in float16, of which the "
+        "loader's workers compute log-mel; it differs from that of `features` in the last digits. none: a length; the "
+        "loader's workers decode the clip each time, and the training is that of `features` to the bit.",
+    )
+    preprocessing_num_workers: int | None = option(None, "Processes that fill the cache. Default: cores.", "[1, inf)")
 
     def __post_init__(self):
         check_values(self)

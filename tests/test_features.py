@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from transformers import ASTFeatureExtractor, AutoFeatureExtractor
 
 from audio_dendrites.data import features
-from audio_dendrites.data.features import BatchedASTFeatureExtractor, ClipFeatures, ExactFeatures, extract_features
+from audio_dendrites.data.features import (
+    BatchedASTFeatureExtractor,
+    ClipFeatures,
+    ClipWaveforms,
+    ComputedFeatures,
+    extract_features,
+)
 
 RATE = 16000
 
@@ -208,7 +214,7 @@ def test_stored_features_are_the_extractors_in_half_precision(clips):
 
 def test_exact_features_are_the_extractors_in_full_precision(clips):
     ours = BatchedASTFeatureExtractor()
-    exact = ExactFeatures(clips, clips["label"], ours, "audio")
+    exact = ComputedFeatures(ClipWaveforms(clips, clips["label"], RATE), ours, "float32")
     wanted = ours.log_mel([features.load_waveform(clips[5]["audio"])])[0]
     torch.testing.assert_close(exact[5]["input_values"], wanted, atol=0, rtol=0)
     assert exact[5]["labels"] == clips[5]["label"] and len(exact) == len(clips)

@@ -1,9 +1,12 @@
 """Features of clips: log-mel equal to `ASTFeatureExtractor`, or the samples themselves, and their cache on disk."""
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
@@ -11,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Audio, Features, List, Value
+from datasets import Audio, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from torch.utils.data import Dataset
 from torchaudio.compliance.kaldi import get_mel_banks
@@ -21,6 +24,8 @@ from audio_dendrites.data.audio import HAS_AV, BadClip, load_waveform, window_sa
 
 # Part of the cache's key. Raise it when the same clip and settings give other numbers than before.
 FEATURES_VERSION = 1
+# Rows of a data set that are computed, cached and found again together.
+PART_ROWS = 10_000
 # Frames that are computed at once. On a CPU, they and all intermediate results fit into the second-level cache of a
 # core. On a GPU, they are 11 minutes of sound and take half a GiB.
 _FRAMES_ON_CPU = 384
@@ -63,6 +68,15 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
         """The value of a padded frame. The stock extractor pads with 0 and then normalises."""
         return (0.0 - self.mean) / (2 * self.std) if self.do_normalize else 0.0
 
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """The number of frames of clips with these numbers of samples."""
+        return 1 + (samples - window_samples(self.sampling_rate)) // self._hop
+
+    @property
+    def _hop(self) -> int:
+        """Samples from one frame to the next: 10 ms, rounded as `torchaudio.compliance.kaldi` does."""
+        return int(self.sampling_rate * 10.0 * 0.001)
+
     def stock(self) -> ASTFeatureExtractor:
         """The plain extractor with the same settings."""
         settings = self.to_dict()
@@ -94,7 +108,7 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
         Raises:
             ValueError: A clip is not one-dimensional, or it is shorter than one window.
         """
-        window, hop = window_samples(self.sampling_rate), int(self.sampling_rate * 10.0 * 0.001)
+        window, hop = window_samples(self.sampling_rate), self._hop
         for waveform in waveforms:
             if waveform.ndim != 1 or len(waveform) < window:
                 raise ValueError(
@@ -114,7 +128,7 @@ class BatchedASTFeatureExtractor(ASTFeatureExtractor):
         )
         if self.do_normalize:
             energies.sub_(self.mean).div_(self.std * 2)
-        frames = [1 + (len(waveform) - window) // hop for waveform in waveforms]
+        frames = self.rows(np.array([len(waveform) for waveform in waveforms])).tolist()
         return [energies[start : start + count] for start, count in zip(starts, frames, strict=True)]
 
     features = log_mel  # `extract_features` stores them
@@ -161,15 +175,9 @@ class Samples:
 
     Attributes:
         sampling_rate: In Hz.
-        max_length: Frames that the model sees.
-        window_length, hop_length: Samples of a frame, and from one frame to the next. A window of 0 means that frames
-            are centred on every hop.
     """
 
     sampling_rate: int
-    max_length: int
-    window_length: int
-    hop_length: int
     row_width = None
     stored_as = "float16"
 
@@ -178,10 +186,9 @@ class Samples:
         """The settings that change a number."""
         return {"waveforms": True, "sampling_rate": self.sampling_rate}
 
-    @property
-    def window_layout(self) -> dict[str, int]:
-        """The arguments of `windows` for these features."""
-        return {name: getattr(self, name) for name in ("max_length", "window_length", "hop_length")}
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """The lengths of the features of clips with these numbers of samples."""
+        return samples
 
     def features(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """The clips as tensors (samples,), float32."""
@@ -189,7 +196,27 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Waveforms(Samples):
+class FramedSamples(Samples):
+    """Samples for a model that sees a number of frames of them.
+
+    Attributes:
+        max_length: Frames that the model sees.
+        window_length, hop_length: Samples of a frame, and from one frame to the next. A window of 0 means that frames
+            are centred on every hop.
+    """
+
+    max_length: int
+    window_length: int
+    hop_length: int
+
+    @property
+    def window_layout(self) -> dict[str, int]:
+        """The arguments of `windows` for these features."""
+        return {name: getattr(self, name) for name in ("max_length", "window_length", "hop_length")}
+
+
+@dataclass(frozen=True)
+class Waveforms(FramedSamples):
     """Samples for a model that computes its spectrogram itself.
 
     Attributes:
@@ -219,7 +246,7 @@ class Waveforms(Samples):
 
 
 @dataclass(frozen=True)
-class ExtractorClips(Samples):
+class ExtractorClips(FramedSamples):
     """Samples for a pretrained encoder with a feature extractor of its own, which computes the inputs of each batch.
 
     Attributes:
@@ -245,6 +272,27 @@ class ExtractorClips(Samples):
 
 
 Inputs = BatchedASTFeatureExtractor | Waveforms | ExtractorClips  # what a model gets of a clip
+
+
+@dataclass(frozen=True)
+class ClipLengths:
+    """Lengths for `extract_features`, which also finds the clips that cannot be read. They serve all models of a rate.
+
+    Attributes:
+        sampling_rate: In Hz.
+    """
+
+    sampling_rate: int
+    stored_as = "int64"
+
+    @property
+    def cache_key(self) -> dict[str, Any]:
+        """The settings that change a number."""
+        return {"lengths": True, "sampling_rate": self.sampling_rate}
+
+    def features(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """For each clip its number of samples, (1,), int64."""
+        return [torch.tensor([len(waveform)]) for waveform in waveforms]
 
 
 @dataclass(frozen=True)
@@ -334,35 +382,47 @@ def _log_mel_energies(frames: torch.Tensor, sampling_rate: int, num_mel_bins: in
     return energies.clamp_(min=torch.finfo(torch.float32).eps).log_()
 
 
-def extract_features(
+Stored = Inputs | Samples | ClipLengths | LogMelMoments  # what `extract_features` computes
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of a data set, and the name of their features in the cache.
+
+    Attributes:
+        clips: The rows.
+        first: The number of the first row in the data set.
+        fingerprint: The fingerprint of the features.
+    """
+
+    clips: datasets.Dataset
+    first: int
+    fingerprint: str
+
+    @property
+    def path(self) -> Path:
+        """The file in the cache, if one process computes it. Several processes add their numbers to its name."""
+        return Path(self.clips._get_cache_file_path(self.fingerprint))
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether `Dataset.map` finds the features: one file, or one of each process that computed them."""
+        pieces = self.path.parent.glob(f"{self.path.stem}_*_of_*.arrow")
+        found = Counter(int(piece.stem.rsplit("_", 1)[1]) for piece in pieces)
+        return self.path.exists() or any(count == present for count, present in found.items())
+
+
+def parts_of(
     clips: datasets.Dataset,
-    extractor: Inputs | LogMelMoments,
+    extractor: Stored,
     audio_column: str = "audio",
     id_column: str | None = None,
-    num_proc: int | None = None,
-    batch_size: int = 32,
     channel: str = "mean",
-    desc: str = "Features",
-) -> datasets.Dataset:
-    """Replace the audio of a data set by its features, and keep them in a cache on disk.
-
-    The key of the cache is the fingerprint of the data set and the settings of the extractor that change a number.
-    Another `max_length` or `num_proc` uses the same files. A data set that is made in memory has no cache.
+) -> list[Part]:
+    """The parts of at most `PART_ROWS` rows in which `extract_features` computes the features of a data set.
 
     Args:
-        clips: Rows with an audio column (bytes or paths).
-        extractor: Computes the features.
-        audio_column: The column to replace.
-        id_column: Column with the name of a clip for error messages. Default: the path or the row number.
-        num_proc: Number of processes. None means this process.
-        batch_size: Clips in each call. More clips only take more memory.
-        channel: As in `load_waveform`.
-        desc: Title of the progress bar.
-
-    Returns:
-        The other columns and two new ones. `input_values` has (frames * num_mel_bins,), frame by frame, or (samples,),
-        float16, at the length of the clip, or moments (3,), float64. `error` is "", or the reason why the clip could
-        not be read. Such a clip has no values.
+        clips, extractor, audio_column, id_column, channel: As in `extract_features`.
 
     Raises:
         ValueError: The data set has no audio column, or has a column with the name of a new one.
@@ -381,34 +441,86 @@ def extract_features(
         "HAS_AV": HAS_AV,  # so that clips that could not be read without PyAV are read again with it
         **extractor.cache_key,
     }
-    kept = {name: kind for name, kind in clips.features.items() if name != audio_column}
+    rows = range(len(clips))
+    starts = [*rows[::PART_ROWS]] or [0]
+    # A range of rows is a slice of the table on the disk.
+    parts = [clips.select(rows[start : start + PART_ROWS]) for start in starts] if len(starts) > 1 else [clips]
+    fingerprints = [Hasher.hash([part._fingerprint, settings]) for part in parts]
+    return [Part(*part) for part in zip(parts, starts, fingerprints, strict=True)]
+
+
+def extract_features(
+    clips: datasets.Dataset,
+    extractor: Stored,
+    audio_column: str = "audio",
+    id_column: str | None = None,
+    num_proc: int | None = None,
+    batch_size: int = 32,
+    channel: str = "mean",
+    desc: str = "Features",
+    shard: tuple[int, int] = (0, 1),
+) -> datasets.Dataset:
+    """Replace the audio of a data set by its features, and keep them in a cache on disk.
+
+    The key of the cache is the fingerprint of the data set and the settings of the extractor that change a number.
+    Another `max_length` or `num_proc` uses the same files. A data set that is made in memory has no cache.
+
+    Each of the parts of `parts_of` has cache files of its own. Several machines with a shared disk can compute a shard
+    each, and a call that is interrupted loses the part that it was computing at most.
+
+    Args:
+        clips: Rows with an audio column (bytes or paths).
+        extractor: Computes the features.
+        audio_column: The column to replace.
+        id_column: Column with the name of a clip for error messages. Default: the path or the row number.
+        num_proc: Number of processes. None means this process.
+        batch_size: Clips in each call. More clips only take more memory.
+        channel: As in `load_waveform`.
+        desc: Title of the progress bar.
+        shard: (i, n) computes the parts i, i + n, i + 2n, … only. There must be such a part.
+
+    Returns:
+        The other columns and two new ones. `input_values` has (frames * num_mel_bins,), frame by frame, or (samples,),
+        float16, at the length of the clip; or the length (1,), int64, or moments (3,), float64. `error` is "", or the
+        reason why the clip could not be read. Such a clip has no values.
+
+    Raises:
+        ValueError: The data set has no audio column, or has a column with the name of a new one.
+    """
+    parts, found = parts_of(clips, extractor, audio_column, id_column, channel), []
+    kept = {name: kind for name, kind in parts[0].clips.features.items() if name != audio_column}
     # Flat lists of float16, through Arrow: Array2D took as long to write, but twenty times as long to read a random
     # clip; "binary" took as long as the lists and hides the numbers from every other reader.
     features = Features({**kept, "input_values": List(Value(extractor.stored_as)), "error": Value("string")})
-    mapped = clips.with_format("arrow").map(
-        partial(
-            _extract_batch,
-            extractor=extractor,
-            audio_column=audio_column,
-            id_column=id_column,
-            channel=channel,
-            caller=os.getpid(),
-        ),
-        with_indices=True,
-        batched=True,
-        batch_size=batch_size,
-        features=features,
-        num_proc=num_proc,
-        new_fingerprint=Hasher.hash([clips._fingerprint, settings]),
-        desc=desc,
-    )
-    return mapped.with_format(None)
+    for number in range(shard[0], len(parts), shard[1]):
+        part = parts[number]
+        mapped = part.clips.with_format("arrow").map(
+            partial(
+                _extract_batch,
+                first=part.first,
+                extractor=extractor,
+                audio_column=audio_column,
+                id_column=id_column,
+                channel=channel,
+                caller=os.getpid(),
+            ),
+            with_indices=True,
+            batched=True,
+            batch_size=batch_size,
+            features=features,
+            num_proc=num_proc,
+            new_fingerprint=part.fingerprint,
+            desc=desc if len(parts) == 1 else f"{desc}, part {number + 1} of {len(parts)}",
+        )
+        found.append(mapped.with_format(None))
+    return concatenate_datasets(found)  # of files that stay where they are
 
 
 def _extract_batch(
     clips: pa.Table,
     rows: Sequence[int],
-    extractor: Inputs | LogMelMoments,
+    first: int,
+    extractor: Stored,
     audio_column: str,
     id_column: str | None,
     channel: str,
@@ -418,33 +530,82 @@ def _extract_batch(
     if os.getpid() != caller:
         # Each core has a process. A forked process that starts threads would wait for those of its parent for ever.
         torch.set_num_threads(1)
+    rows = [first + row for row in rows]
+    waveforms, errors = decode_batch(clips, rows, extractor.sampling_rate, audio_column, id_column, channel)
+    return store_batch(clips.drop_columns([audio_column]), waveforms, errors, extractor)
+
+
+def decode_batch(
+    clips: pa.Table,
+    rows: Sequence[int],
+    sampling_rate: int,
+    audio_column: str,
+    id_column: str | None,
+    channel: str,
+) -> tuple[list[np.ndarray | None], list[str]]:
+    """Decode clips.
+
+    Args:
+        clips: Clips with an audio column.
+        rows: Their row numbers in the data set.
+        sampling_rate: In Hz.
+        audio_column: The column with the sound.
+        id_column: Column with the names of the clips. Default: their paths or row numbers.
+        channel: As in `load_waveform`.
+
+    Returns:
+        The waveform of each clip, or None if it cannot be read; and the reason why not, or "".
+    """
     names = clips[id_column].to_pylist() if id_column else [None] * len(rows)
-    waveforms, errors = {}, [""] * len(rows)
+    waveforms, errors = [None] * len(rows), [""] * len(rows)
     for place, (cell, name) in enumerate(zip(clips[audio_column], names, strict=True)):
         audio = cell.as_py() or {"bytes": None, "path": None}
         name = str(name) if name is not None else audio["path"] or f"row {rows[place]}"
         try:
-            waveforms[place] = load_waveform(audio, extractor.sampling_rate, name, channel)
+            waveforms[place] = load_waveform(audio, sampling_rate, name, channel)
         except BadClip as error:
             errors[place] = str(error)
-    sizes = np.zeros(len(rows) + 1, dtype=np.int32)
+    return waveforms, errors
+
+
+def store_batch(
+    others: pa.Table, waveforms: Sequence[np.ndarray | None], errors: Sequence[str], extractor: Stored
+) -> pa.Table:
+    """The rows of clips in the cache.
+
+    Args:
+        others: The other columns of the clips.
+        waveforms, errors: What `decode_batch` returns.
+        extractor: Computes the features.
+    """
+    features = extractor.features([waveform for waveform in waveforms if waveform is not None])
+    sizes = np.zeros(len(waveforms) + 1, dtype=np.int32)
+    sizes[1:][[waveform is not None for waveform in waveforms]] = [values.numel() for values in features]
     values = [np.empty(0, dtype=extractor.stored_as)]
-    for place, energies in zip(waveforms, extractor.features(list(waveforms.values())), strict=True):
-        sizes[place + 1] = energies.numel()
-        values.append(energies.numpy().astype(extractor.stored_as).ravel())
-    offsets = np.cumsum(sizes, dtype=np.int32)
-    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values)))
-    return (
-        clips.drop_columns([audio_column])
-        .append_column("input_values", lists)
-        .append_column("error", pa.array(errors, pa.string()))
-    )
+    values += [_rounded(clip, extractor.stored_as).ravel() for clip in features]
+    lists = pa.ListArray.from_arrays(pa.array(np.cumsum(sizes, dtype=np.int32)), pa.array(np.concatenate(values)))
+    return others.append_column("input_values", lists).append_column("error", pa.array(errors, pa.string()))
 
 
-def feature_lengths(features: datasets.Dataset, row_width: int | None) -> np.ndarray:
-    """The number of rows of each clip's features, (clips,): frames, or samples if `row_width` is None."""
-    chunks = features.data.column("input_values").chunks
-    return np.concatenate([pc.list_value_length(chunk).to_numpy() for chunk in chunks]) // (row_width or 1)
+def _rounded(values: torch.Tensor, dtype: str) -> np.ndarray:
+    return values.numpy().astype(dtype, copy=False)
+
+
+def feature_lengths(cached: datasets.Dataset, stored: Stored, extractor: Inputs) -> np.ndarray:
+    """The number of rows of each clip's features, (clips,): frames or samples.
+
+    Args:
+        cached: What `extract_features` returns for `stored`.
+        stored: What the cache has of each clip: the features, the samples or the length.
+        extractor: The extractor of the features.
+    """
+    chunks = cached.data.column("input_values").chunks
+    lengths = np.concatenate([pc.list_value_length(chunk).to_numpy() for chunk in chunks]).astype(np.int64)
+    if stored is extractor:
+        return lengths // (extractor.row_width or 1)
+    if isinstance(stored, ClipLengths):  # clips that cannot be read have no length
+        lengths[lengths == 1] = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+    return extractor.rows(lengths)
 
 
 class ClipFeatures(Dataset):
@@ -481,13 +642,13 @@ class ClipFeatures(Dataset):
         ]
 
 
-class ExactFeatures(Dataset):
-    """The examples of `ClipFeatures`, computed in float32 as `pipeline` does, without the rounding of the cache.
+class ClipWaveforms(Dataset):
+    """Clips as examples with samples, which are decoded when they are read.
 
     Args:
         clips: Rows with an audio column (bytes or paths).
         labels: The class number of each row, or 0 or 1 for each class.
-        extractor: Computes the features.
+        sampling_rate: In Hz.
         audio_column: The column with the sound.
         channel: As in `load_waveform`.
     """
@@ -496,21 +657,62 @@ class ExactFeatures(Dataset):
         self,
         clips: datasets.Dataset,
         labels: Sequence[int],
-        extractor: Inputs,
-        audio_column: str,
+        sampling_rate: int,
+        audio_column: str = "audio",
         channel: str = "mean",
     ):
-        self._sound = clips.select_columns(audio_column).cast_column(audio_column, Audio(decode=False))
-        self._labels = np.asarray(labels)
-        self._extractor = extractor
-        self._audio_column = audio_column
-        self._channel = channel
+        sound = clips.select_columns(audio_column).cast_column(audio_column, Audio(decode=False))
+        self._sound, self._labels = sound.with_format("arrow"), np.asarray(labels)
+        self._load = partial(load_waveform, sampling_rate=sampling_rate, channel=channel)
 
     def __len__(self) -> int:
         return len(self._sound)
 
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The examples of a batch: `input_values`, float32 (samples,), and `labels`."""
+        cells = self._sound[list(rows)].column(0)
+        return [
+            {"input_values": torch.from_numpy(self._load(cell.as_py())), "labels": self._labels[row]}
+            for row, cell in zip(rows, cells, strict=True)
+        ]
+
+
+class ComputedFeatures(Dataset):
+    """The examples of `ClipFeatures`, computed from waveforms whenever they are read.
+
+    Rounded as the cache stores them, they equal the examples of `ClipFeatures` to the bit.
+
+    Args:
+        waveforms: Examples with samples.
+        extractor: Computes the features.
+        dtype: float32 for the numbers of `pipeline`, or `extractor.stored_as` for those of the cache.
+    """
+
+    def __init__(self, waveforms: ClipWaveforms | ClipFeatures, extractor: Inputs, dtype: str):
+        self._waveforms, self._extractor, self._dtype = waveforms, extractor, dtype
+
+    def __len__(self) -> int:
+        return len(self._waveforms)
+
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One example: `input_values`, float32 (frames, num_mel_bins) or (samples,), and `labels`."""
-        audio = self._sound[row][self._audio_column]
-        waveform = load_waveform(audio, self._extractor.sampling_rate, channel=self._channel)
-        return {"input_values": self._extractor.features([waveform])[0], "labels": self._labels[row]}
+        """One example: `input_values` (frames, num_mel_bins) or (samples,), and `labels`."""
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The examples of a batch."""
+        examples = self._waveforms.__getitems__(rows)
+        with one_thread():
+            features = self._extractor.features([np.asarray(one["input_values"], dtype=np.float32) for one in examples])
+        rounded = [torch.from_numpy(_rounded(values, self._dtype)) for values in features]
+        return [example | {"input_values": values} for example, values in zip(examples, rounded, strict=True)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute as the processes of `extract_features` do. With more threads, the last bits may differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -11,11 +11,11 @@ import datasets
 import numpy as np
 import soundfile
 from datasets import Audio
-from joblib import cpu_count
 from pandas import crosstab
 
+from audio_dendrites.data.cache import cost_table, estimate, fill_cache
 from audio_dendrites.data.clips import load_clips
-from audio_dendrites.data.features import BatchedASTFeatureExtractor, LogMelMoments, Waveforms, extract_features
+from audio_dendrites.data.features import BatchedASTFeatureExtractor, LogMelMoments, Waveforms
 from audio_dendrites.data.splits import split_by_fold
 from audio_dendrites.errors import UserError
 from audio_dendrites.recipes import DataArguments, Recipe
@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def log_mel_moments(
-    clips: datasets.Dataset, arguments: DataArguments, extractor: BatchedASTFeatureExtractor | Waveforms
+    clips: datasets.Dataset,
+    arguments: DataArguments,
+    extractor: BatchedASTFeatureExtractor | Waveforms,
+    shard: tuple[int, int] = (0, 1),
 ) -> datasets.Dataset:
     """Compute the sums over the log-mel of each clip that `mean_and_std` needs. They are cached on disk.
 
@@ -32,18 +35,12 @@ def log_mel_moments(
         clips: The clips that `load_clips` returns.
         arguments: The data arguments of the recipe.
         extractor: The feature extractor of the run, for its sampling rate and its number of mel bands.
+        shard: As in `extract_features`.
     """
     start = time.perf_counter()
-    moments = extract_features(
-        clips,
-        LogMelMoments(extractor.sampling_rate, extractor.num_mel_bins),
-        arguments.audio_column,
-        arguments.clip_column,
-        num_proc=arguments.preprocessing_num_workers or cpu_count(),
-        channel=arguments.channel,
-        desc="Mean and std",
-    )
-    logger.info("The log-mel of %d clips was measured in %.1f seconds.", len(clips), time.perf_counter() - start)
+    stored = LogMelMoments(extractor.sampling_rate, extractor.num_mel_bins)
+    moments = fill_cache(clips, stored, arguments, desc="Mean and std", shard=shard)
+    logger.info("The log-mel of %d clips was measured in %.1f seconds.", len(moments), time.perf_counter() - start)
     return moments
 
 
@@ -76,7 +73,10 @@ def with_statistics(recipe: Recipe, moments: datasets.Dataset, train: np.ndarray
 
 
 def stats(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> None:
-    """Print a summary of a data set: clips by class and fold, lengths, rates, leaks, and mean and std of the log-mel.
+    """Print a summary of a data set.
+
+    It has the clips by class and fold, lengths, rates, leaks, mean and std of the log-mel, and what each choice of
+    `cache` costs.
 
     Args:
         recipe: The recipe of the data set.
@@ -113,7 +113,8 @@ def stats(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> 
         f"log-mel of the training folds ({', '.join(arguments.folds['train'])}), {len(train):,} clips, "
         f"{extractor.sampling_rate} Hz, {extractor.num_mel_bins} bands:"
     )
-    print("".join(f"{name}: {value:.4f}\n" for name, value in found.items()), end="")
+    print("".join(f"{name}: {value:.4f}\n" for name, value in found.items()))
+    print(cost_table(estimate(clips, extractor, arguments), clips, recipe))
 
 
 def _lengths_and_rates(clips: datasets.Dataset, audio_column: str) -> tuple[list[float], Counter[int]]:

@@ -7,15 +7,16 @@ from typing import Any
 
 import datasets
 import numpy as np
-from joblib import cpu_count
 from pandas import DataFrame
 
+from audio_dendrites.data.cache import check_cost, fill_cache, stored_form
 from audio_dendrites.data.clips import load_clips
 from audio_dendrites.data.features import (
     ClipFeatures,
-    ExactFeatures,
+    ClipWaveforms,
+    ComputedFeatures,
     Inputs,
-    extract_features,
+    Stored,
     feature_lengths,
 )
 from audio_dendrites.data.splits import class_names, drop_bad_clips, encode_labels, is_multi_label, split_by_fold
@@ -33,10 +34,11 @@ class RunData:
 
     Attributes:
         recipe: The recipe of the run.
-        extractor: The feature extractor that computed the features.
+        extractor: The feature extractor of the model.
         sound: All clips of the data set, not decoded.
         index: The index of these clips that `load_clips` returns, in the same order.
-        features: The features of these clips that `extract_features` returns, in the same order.
+        stored: What the cache has of each clip: its features, its samples or its length.
+        cached: What `fill_cache` returns for these clips, in the same order.
         splits: Row numbers of `train`, `validation` and `test`, without the clips that cannot be read.
         skipped: The errors of the clips that cannot be read, by split.
         labels: Class names in the order of the logits.
@@ -47,7 +49,8 @@ class RunData:
     extractor: Inputs
     sound: datasets.Dataset
     index: DataFrame
-    features: datasets.Dataset
+    stored: Stored
+    cached: datasets.Dataset
     splits: dict[str, np.ndarray]
     skipped: dict[str, list[str]]
     labels: list[str]
@@ -65,26 +68,29 @@ class RunData:
         """Class numbers (clips,) of a split. If clips have lists of labels: 0 and 1, (clips, classes)."""
         return encode_labels(self.index["label"].iloc[self.splits[split]], self.labels)
 
-    def clips(self, split: str) -> ClipFeatures:
-        """The clips of a split at their own length, with cached features in float16."""
-        features = self.features.select(self.splits[split])
-        return ClipFeatures(features, self.targets(split), self.extractor.row_width)
-
-    def windows(self, split: str, exact: bool = False) -> ClipWindows:
-        """The windows of a split's clips.
+    def clips(self, split: str, exact: bool = False) -> ClipFeatures | ComputedFeatures:
+        """The clips of a split at their own length.
 
         Args:
             split: train, validation or test.
-            exact: Compute the features again in float32, as `pipeline` does.
+            exact: Compute the features from the sound files in float32, as `pipeline` does. Otherwise they are in
+                float16, from the cache or computed from what it has.
         """
-        rows, args = self.splits[split], self.recipe.training
-        column, channel = self.recipe.data.audio_column, self.recipe.data.channel
-        clips = self.clips(split)
-        if exact:
-            clips = ExactFeatures(self.sound.select(rows), self.targets(split), self.extractor, column, channel)
-        lengths = feature_lengths(self.features, self.extractor.row_width)[rows]
-        layout = self.extractor.window_layout
-        return ClipWindows(clips, lengths, layout, args.window_overlap, args.window_aggregation)
+        rows, labels, data = self.splits[split], self.targets(split), self.recipe.data
+        if self.stored is self.extractor and not exact:
+            return ClipFeatures(self.cached.select(rows), labels, self.extractor.row_width)
+        if exact or data.cache == "none":
+            sound, rate = self.sound.select(rows), self.extractor.sampling_rate
+            waveforms = ClipWaveforms(sound, labels, rate, data.audio_column, data.channel)
+        else:
+            waveforms = ClipFeatures(self.cached.select(rows), labels, self.stored.row_width)
+        return ComputedFeatures(waveforms, self.extractor, "float32" if exact else self.extractor.stored_as)
+
+    def windows(self, split: str, exact: bool = False) -> ClipWindows:
+        """The windows of the clips that `clips` returns."""
+        args, layout = self.recipe.training, self.extractor.window_layout
+        lengths = feature_lengths(self.cached, self.stored, self.extractor)[self.splits[split]]
+        return ClipWindows(self.clips(split, exact), lengths, layout, args.window_overlap, args.window_aggregation)
 
 
 def load_data(recipes: Sequence[Recipe]) -> dict[str, RunData]:
@@ -123,7 +129,7 @@ def _with_features(recipes: Sequence[Recipe], sound: datasets.Dataset, index: Da
         splits = split_by_fold(index, recipe.data, recipe.training.load_best_model_at_end)
         check_metrics(recipe, multi_label)
         divided.append((splits, class_names(index, splits, recipe.data), resolve_loss(recipe.training, multi_label)))
-    workers, extractors, features = data.preprocessing_num_workers or cpu_count(), [extractor] * len(recipes), {}
+    extractors = [extractor] * len(recipes)
     with one_process_first(args, "computing the features"):
         if recipes[0].features.needs_statistics:
             moments = log_mel_moments(sound, data, extractor)
@@ -131,18 +137,17 @@ def _with_features(recipes: Sequence[Recipe], sound: datasets.Dataset, index: Da
                 with_statistics(one, moments, rows["train"]) for one, (rows, _, _) in zip(recipes, divided, strict=True)
             ]
             extractors = [load_extractor(recipe.model, recipe.features) for recipe in recipes]
-        for extractor in extractors:
-            if (key := str(extractor.cache_key)) not in features:
-                features[key] = extract_features(
-                    sound, extractor, data.audio_column, data.clip_column, num_proc=workers, channel=data.channel
-                )
+        forms = [stored_form(extractor, data.cache) for extractor in extractors]
+        different = {str(form.cache_key): form for form in forms}
+        check_cost(sound, extractors[0], list(different.values()), recipes[0])
+        caches = {key: fill_cache(sound, form, data) for key, form in different.items()}
     found, models = {}, {}
-    for recipe, extractor, (splits, labels, loss) in zip(recipes, extractors, divided, strict=True):
+    for recipe, extractor, form, (splits, labels, loss) in zip(recipes, extractors, forms, divided, strict=True):
         if tuple(labels) not in models:
             models[tuple(labels)] = match_parameters(labels, recipe.model, extractor)
         recipe = replace(recipe, model=models[tuple(labels)])
-        own = features[str(extractor.cache_key)]
-        splits, skipped = drop_bad_clips(splits, own["error"], recipe.data.on_bad_clip)
-        run = RunData(recipe, extractor, sound, index, own, splits, skipped, labels, loss)
+        cached = caches[str(form.cache_key)]
+        splits, skipped = drop_bad_clips(splits, cached["error"], recipe.data.on_bad_clip)
+        run = RunData(recipe, extractor, sound, index, form, cached, splits, skipped, labels, loss)
         found[recipe.training.output_dir] = run
     return found
