@@ -18,7 +18,8 @@ from audio_dendrites.data.clips import load_clips
 from audio_dendrites.data.features import BatchedASTFeatureExtractor, extract_features, parts_of
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.loading import load_extractor, load_model
-from audio_dendrites.recipes import CACHES
+from audio_dendrites.recipes import CACHES, write_yaml
+from audio_dendrites.training.checkpoints import check_run_folder
 
 SIX_STEPS = {  # four in the first epoch
     "max_steps": 6, "eval_strategy": "no", "save_strategy": "steps", "save_steps": 3, "save_total_limit": 9,
@@ -82,6 +83,14 @@ def test_a_training_without_a_cache_has_the_same_batches_and_weights(kind, share
     assert equal(train_run(resumed, tmp_path / "computed" / "checkpoint-3"), weights)
 
 
+def test_a_run_continues_without_its_cache_but_not_with_rounded_samples(shared_tones, tmp_path):
+    (tmp_path / "metrics.json").touch()
+    write_yaml(recipe(shared_tones, output_dir=tmp_path), tmp_path / "config.yaml")
+    check_run_folder(recipe(shared_tones, output_dir=tmp_path, cache="none"))
+    with pytest.raises(UserError, match="cache was 'features' and is 'waveforms'"):
+        check_run_folder(recipe(shared_tones, output_dir=tmp_path, cache="waveforms"))
+
+
 def test_cached_waveforms_give_almost_the_same_log_mel(shared_tones):
     exact, rounded = (data_of(recipe(shared_tones, cache=choice)).windows("train") for choice in CACHES[:2])
     assert len(exact) == len(rounded)
@@ -132,6 +141,12 @@ def test_the_estimate_counts_the_bytes_that_each_choice_writes(fields, shared_to
     assert (waveforms.each_epoch == 0) == bool(fields)
 
 
+def test_stats_of_a_model_with_a_feature_extractor_of_its_own(tones, tmp_path, capsys):
+    main(["stats", *words(tones), *SPLITS, f"--model={encoder_checkpoint(tmp_path, 'wav2vec2')}"])
+    told = capsys.readouterr().out
+    assert "16000 Hz, 128 bands:\nmean: " in told and re.search("features +.* kB .*\nwaveforms .*\nnone ", told)
+
+
 def test_a_large_data_set_shows_its_costs_once_and_needs_room_on_the_disk(tones, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "audio_dendrites")
     monkeypatch.setattr(cache, "LARGE", 23)
@@ -162,6 +177,9 @@ def interrupted(table, rows, first, **arguments):
 def small_parts(monkeypatch) -> None:
     """Parts of 10 rows: three parts for the tones."""
     monkeypatch.setattr(features, "PART_ROWS", 10)
+
+
+SPLITS = ["--train_folds=1", "--validation_folds=2", "--test_folds=3"]
 
 
 def words(dataset: Path) -> list[str]:

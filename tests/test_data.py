@@ -160,6 +160,7 @@ def test_stats_tell_what_a_recipe_trains_on(tones, tmp_path, capsys):
     mean, std = (float(line[1]) for line in table if line and line[0] in ("mean:", "std:"))
     assert (mean, std) == (pytest.approx(energies.mean(), abs=1e-3), pytest.approx(energies.std(), abs=1e-3))
     assert "log-mel of the training folds (1), 8 clips, 16000 Hz, 128 bands:\nmean: " in told
+    assert "What each choice of cache costs for 24 clips, estimated from 24 of them" in told
 
 
 @pytest.fixture

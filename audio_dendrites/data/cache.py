@@ -29,7 +29,7 @@ from audio_dendrites.recipes import CACHES, DataArguments, Recipe
 logger = logging.getLogger(__name__)
 
 SAMPLE = 200  # clips that are measured
-LARGE = 2000  # clips; computing the features of fewer takes about as long as measuring 200
+LARGE = 5000  # clips; the features of fewer take little time and room
 _BATCH = 20  # clips that are held in memory at once
 
 

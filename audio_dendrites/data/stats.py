@@ -15,7 +15,7 @@ from pandas import crosstab
 
 from audio_dendrites.data.cache import cost_table, estimate, fill_cache
 from audio_dendrites.data.clips import load_clips
-from audio_dendrites.data.features import BatchedASTFeatureExtractor, LogMelMoments, Waveforms
+from audio_dendrites.data.features import BatchedASTFeatureExtractor, ExtractorClips, Inputs, LogMelMoments, Waveforms
 from audio_dendrites.data.splits import split_by_fold
 from audio_dendrites.errors import UserError
 from audio_dendrites.recipes import DataArguments, Recipe
@@ -72,7 +72,7 @@ def with_statistics(recipe: Recipe, moments: datasets.Dataset, train: np.ndarray
     return dataclasses.replace(recipe, features=dataclasses.replace(recipe.features, **numbers))
 
 
-def stats(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> None:
+def stats(recipe: Recipe, extractor: Inputs) -> None:
     """Print a summary of a data set.
 
     It has the clips by class and fold, lengths, rates, leaks, mean and std of the log-mel, and what each choice of
@@ -80,7 +80,7 @@ def stats(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> 
 
     Args:
         recipe: The recipe of the data set.
-        extractor: The feature extractor of the recipe, for its sampling rate and its number of mel bands.
+        extractor: The feature extractor of the recipe.
 
     Raises:
         UserError: The data set cannot be loaded, its folds do not fit, or no training clip can be read.
@@ -94,7 +94,10 @@ def stats(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> 
     folds = sorted(set(index["fold"]), key=lambda fold: (len(fold), fold))
     print(counts.reindex(columns=[*folds, "all"]).to_string())
 
-    moments = log_mel_moments(clips, arguments, extractor)
+    log_mel = extractor
+    if isinstance(extractor, ExtractorClips):  # it has no mel bands
+        log_mel = BatchedASTFeatureExtractor(sampling_rate=extractor.sampling_rate)
+    moments = log_mel_moments(clips, arguments, log_mel)
     errors = np.asarray(moments["error"])
     bad = errors[errors != ""]
     found = mean_and_std(moments, train)
@@ -111,7 +114,7 @@ def stats(recipe: Recipe, extractor: BatchedASTFeatureExtractor | Waveforms) -> 
         print(f"  {group}: folds {', '.join(sorted(present))}")
     print(
         f"log-mel of the training folds ({', '.join(arguments.folds['train'])}), {len(train):,} clips, "
-        f"{extractor.sampling_rate} Hz, {extractor.num_mel_bins} bands:"
+        f"{log_mel.sampling_rate} Hz, {log_mel.num_mel_bins} bands:"
     )
     print("".join(f"{name}: {value:.4f}\n" for name, value in found.items()))
     print(cost_table(estimate(clips, extractor, arguments), clips, recipe))

@@ -173,6 +173,9 @@ def _changes(recipe: Recipe, saved: Path) -> list[str]:
         for fields in (then, now):
             settings = fields.get("model_config") or {}
             fields["model_config"] = {name: value for name, value in settings.items() if name not in SIZES}
+    for fields in (then, now):
+        if fields["cache"] == "none":
+            fields["cache"] = "features"  # the same training
     return [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted((then.keys() | now.keys()) - CHANGE_NO_RESULT)
