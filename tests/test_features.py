@@ -220,6 +220,21 @@ def test_exact_features_are_the_extractors_in_full_precision(clips):
     assert exact[5]["labels"] == clips[5]["label"] and len(exact) == len(clips)
 
 
+def test_computed_features_do_not_depend_on_the_number_of_threads(clips):
+    extractor, before, found = (
+        BatchedASTFeatureExtractor(sampling_rate=8000, num_mel_bins=50),
+        torch.get_num_threads(),
+        [],
+    )
+    exact = ComputedFeatures(ClipWaveforms(clips, clips["label"], 8000), extractor, "float32")
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        found.append([example["input_values"] for example in exact.__getitems__([0, 1, 2, 4, 5])])
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_audio_that_datasets_would_decode_gives_the_same_features(clips):
     decoding = clips.cast_column("audio", Audio(sampling_rate=RATE))
     ours = BatchedASTFeatureExtractor()

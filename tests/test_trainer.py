@@ -470,7 +470,7 @@ def test_mean_and_std_are_computed_from_the_training_folds_and_saved_as_numbers(
         "mean": saved["mean"], "std": saved["std"], "do_normalize": True,
     }.items()  # fmt: skip
     main(["stats", str(path)])
-    assert capsys.readouterr().out.endswith(f"mean: {saved['mean']:.4f}\nstd: {saved['std']:.4f}\n")
+    assert f"\nmean: {saved['mean']:.4f}\nstd: {saved['std']:.4f}\n" in capsys.readouterr().out
     run(path)  # the same recipe, so it has finished
     with pytest.raises(UserError, match="train_folds was"):
         run(path, "--train_folds", "3", "--test_folds", "1", "--std", str(saved["std"]))
