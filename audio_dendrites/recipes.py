@@ -216,9 +216,9 @@ class DataArguments:
     channel: Literal["mean", "first"] = option("mean", "Mix channels to their mean, or take the first one.")
     cache: Literal[CACHES] = option(
         "features",
-        "What the disk keeps of each clip. features: what the model gets. waveforms: samples in float16, of which the "
-        "loader's workers compute log-mel; it differs from that of `features` in the last digits. none: a length; the "
-        "loader's workers decode the clip each time, and the training is that of `features` to the bit.",
+        "What the disk keeps of each clip. features: what the model gets. waveforms: samples in float16. The loader's "
+        "workers compute log-mel from them, which differs a little because of the rounding. none: a length. The "
+        "loader's workers decode the clip each time. The weights are those of `features` to the bit.",
     )
     preprocessing_num_workers: int | None = option(None, "Processes that fill the cache. Default: cores.", "[1, inf)")
 
