@@ -1,16 +1,20 @@
 """Push finished runs to the Hub: weights, code, card, scores and figures.
 
     python publish.py RUN --repo_id me/ast-urbansound8k [--private] [--revision BRANCH]
-    python publish.py RUN [RUN ...] [--dry_run]
+    python publish.py RUN [RUN ...] [--web] [--dry_run]
 
 If a run with dendrites was compared with a baseline whose run folder stands beside it, both are pushed. The baseline
 goes to <repo_id>-baseline, and each card links to the other. The token comes from `hf auth login` or HF_TOKEN. The same
 command again sends only the missing files. --dry_run lists every file, needs no token and sends nothing.
+
+--web pushes the models for transformers.js, which runs them in browsers: to <repo_id>-web and <repo_id>-baseline-web.
+Their files stay in RUN/export/web. The page in web/ shows both models side by side.
 """
 
 import argparse
 import shlex
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -19,6 +23,7 @@ PARSER.add_argument("--repo_id", help="owner/name, for one RUN. Default: name of
 PARSER.add_argument("--private", action="store_true", help="Make a new repository private.")
 PARSER.add_argument("--revision", metavar="BRANCH", help="Branch to push to, created if missing. Default: main.")
 PARSER.add_argument("--without_baseline", action="store_true", help="Push a run with dendrites alone.")
+PARSER.add_argument("--web", action="store_true", help="Push ONNX files for transformers.js. Needs onnxruntime.")
 PARSER.add_argument("--dry_run", action="store_true", help="List every file and its size, and send nothing.")
 if __name__ == "__main__":
     PARSER.parse_args()  # here, so that --help does not wait for the imports below
@@ -26,10 +31,12 @@ if __name__ == "__main__":
 from audio_dendrites.errors import run_program
 from audio_dendrites.publishing.content import read_comparison, staged_files
 from audio_dendrites.publishing.hub import Target, publish, staged
+from audio_dendrites.publishing.web import publish_web, write_web
 from audio_dendrites.recipes import default_hub_model_id
 from audio_dendrites.results.tables import markdown_table
 
 CARD = Path(__file__).parent / "model_cards" / "model.md.jinja"
+WEB_CARD = CARD.with_name("web.md.jinja")
 
 
 def publications(options: argparse.Namespace) -> list[tuple[Path, str, str | None]]:
@@ -55,12 +62,17 @@ def baseline_of(run: Path) -> Path | None:
     return beside if dendritic == [run.resolve().name] and (beside / "metrics.json").is_file() else None
 
 
-def show(run: Path, repo_id: str, other: str | None) -> None:
+def show(run: Path, repo_id: str, other: str | None, web: bool) -> None:
     """List the files that a push would send."""
-    with staged(run, repo_id, CARD, other) as folder:
+    with ExitStack() as opened:
+        if web:
+            folder = write_web(run, f"{repo_id}-web", WEB_CARD, repo_id)
+        else:
+            folder = opened.enter_context(staged(run, repo_id, CARD, other))
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in staged_files(folder)}
     rows = [["file", "bytes"], *([name, f"{size:,}"] for name, size in sizes.items())]
-    print(f"\n{run} → {repo_id}\n\n{markdown_table(rows)}\n\n{sum(sizes.values()):,} bytes. Nothing was sent.")
+    to = f"{repo_id}{'-web' * web}"
+    print(f"\n{run} → {to}\n\n{markdown_table(rows)}\n\n{sum(sizes.values()):,} bytes. Nothing was sent.")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -70,11 +82,16 @@ def main(arguments: Sequence[str]) -> None:
         PARSER.error(f"--repo_id must be left out with more than one run, got {len(options.runs)} runs")
     for run, repo_id, other in publications(options):
         if options.dry_run:
-            show(run, repo_id, other)
+            show(run, repo_id, other, options.web)
             continue
         command = shlex.join(["python", "publish.py", *arguments])
-        address = publish(run, Target(repo_id, options.private or None, options.revision), CARD, other, command)
-        print(f"{run}: {f'published at {address}' if address else f'{repo_id} has every file already'}", flush=True)
+        target = Target(f"{repo_id}{'-web' * options.web}", options.private or None, options.revision)
+        if options.web:
+            address = publish_web(run, target, WEB_CARD, repo_id, command)
+        else:
+            address = publish(run, target, CARD, other, command)
+        said = f"published at {address}" if address else f"{target.repo_id} has every file already"
+        print(f"{run}: {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -76,14 +76,11 @@ def model_card(
     base_model = None if "base_model" in local else metrics["base_model"]
     dendrites, test = metrics.get("dendrites"), metrics.get("test")
     code = sorted(file for file in files if file.endswith(".py"))
-    urbansound8k = metrics["dataset"] != "synthetic" and (
-        "urbansound8k" in metrics["dataset"].lower() or set(metrics["labels"]) == set(synthetic.LABELS)
-    )
-    is_synthetic = metrics["dataset"] == "synthetic" and metrics["base_model"] is None
+    urbansound8k = learned_from_urbansound8k(metrics)
     grown = any(dendrites["layers"].values()) if dendrites else False
     architecture = metrics.get("architecture", "audio-spectrogram-transformer")
     data = ModelCardData(
-        license="cc-by-nc-4.0" if urbansound8k else "apache-2.0" if is_synthetic else None,
+        license=licence_of(metrics),
         library_name="transformers",
         pipeline_tag="audio-classification",
         tags=["audio-classification", architecture] + ["dendrites", "perforatedai"] * grown,
@@ -127,6 +124,20 @@ def model_card(
         use=use_sentence(dendrites),
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
+
+
+def learned_from_urbansound8k(metrics: Mapping[str, Any]) -> bool:
+    """Whether a model learned from UrbanSound8K, to judge by the name of its data set or by its classes."""
+    return metrics["dataset"] != "synthetic" and (
+        "urbansound8k" in metrics["dataset"].lower() or set(metrics["labels"]) == set(synthetic.LABELS)
+    )
+
+
+def licence_of(metrics: Mapping[str, Any]) -> str | None:
+    """The licence of a model, if its data have one that this project knows."""
+    if learned_from_urbansound8k(metrics):
+        return "cc-by-nc-4.0"
+    return "apache-2.0" if metrics["dataset"] == "synthetic" and metrics["base_model"] is None else None
 
 
 def _eval_results(metrics: Mapping[str, Any], recipe: Mapping[str, Any], dataset_name: str) -> list[EvalResult] | None:

@@ -75,7 +75,9 @@ def export_run(run: Path, format: str, output: Path | None = None) -> tuple[Path
     model, extractor = load_finished(run)
     features = example_features(extractor, max(BATCHES))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(output) as beside:
+    with written_whole(output) as beside, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporters warn about their own code
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)
         kind.write(model, features[:2], metadata(run, model, extractor), beside)
         difference = check_parity(model, kind.read(beside, model), features)
     return output, difference
@@ -251,8 +253,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # torch's exporters warn about their own code
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:

@@ -88,7 +88,7 @@ def publish(
     """
     with staged(run, target.repo_id, template, other) as folder:
         check_staged(folder, target.token)
-        with _explained(run, target, command):
+        with explained(run, target, command):
             target = create_repo(target)
             other = other and (other if "/" in other else f"{target.repo_id.split('/')[0]}/{other}")
             card, pinned, sent = folder / "README.md", None, None
@@ -120,7 +120,7 @@ def ask(args: TrainingArguments) -> None:
             "rng_state.pth are pickles, so a new repository is %s.",
             "private unless hub_private_repo is false" if target.private else "public, as hub_private_repo says",
         )
-    with _logged(), _explained(Path(args.output_dir), target):
+    with _logged(), explained(Path(args.output_dir), target):
         create_repo(target)
 
 
@@ -129,22 +129,27 @@ def push_checkpoint(args: TrainingArguments, folder: Path, message: str) -> None
     target = target_of(args)
     with _logged():
         check_staged(folder, target.token)
-        with _explained(Path(args.output_dir), target):
+        with explained(Path(args.output_dir), target):
             push(folder, staged_files(folder), create_repo(target), message)
 
 
 def create_repo(target: Target) -> Target:
     """Create a repository and a branch if they do not exist. Returns the target with the owner in its id."""
-    if target.token is None and get_token() is None:
-        raise LocalTokenNotFoundError
-    validate_repo_id(target.repo_id)
-    api = HfApi(token=target.token)
-    if "/" not in target.repo_id:
-        target = target._replace(repo_id=f"{api.whoami()['name']}/{target.repo_id}")
+    target, api = with_owner(target), HfApi(token=target.token)
     api.create_repo(target.repo_id, private=target.private, exist_ok=True)
     if target.revision is not None:
         api.create_branch(target.repo_id, branch=target.revision, exist_ok=True)
     return target
+
+
+def with_owner(target: Target) -> Target:
+    """The target with the owner in its id. Without one, it is the owner of the token."""
+    if target.token is None and get_token() is None:
+        raise LocalTokenNotFoundError
+    validate_repo_id(target.repo_id)
+    if "/" in target.repo_id:
+        return target
+    return target._replace(repo_id=f"{HfApi(token=target.token).whoami()['name']}/{target.repo_id}")
 
 
 def push(folder: Path, files: list[Path], target: Target, message: str) -> str | None:
@@ -271,7 +276,7 @@ def _logged() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(run: Path, target: Target, command: str | None = None) -> Iterator[None]:
+def explained(run: Path, target: Target, command: str | None = None) -> Iterator[None]:
     """Turn any error of the client into a PublishError with the cause and the command that tries again."""
     try:
         yield
