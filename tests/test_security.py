@@ -17,7 +17,7 @@ import predict
 import train
 from audio_dendrites.data.clips import load_clips
 from audio_dendrites.errors import UserError
-from audio_dendrites.models import panns
+from audio_dendrites.models import convert_panns
 from audio_dendrites.models.dendritic import DendriticASTConfig, DendriticASTForAudioClassification
 from audio_dendrites.models.loading import load_extractor, load_model, load_teacher
 from audio_dendrites.publishing import formats
@@ -121,7 +121,7 @@ def test_no_pickle_of_a_model_runs(planted, trace, tmp_path):
         with pytest.raises(UserError, match="planted could not be loaded: its weights hold objects other than tensors"):
             load(folder)
     with pytest.raises(SystemExit, match="error: .*pytorch_model.bin must be .*, got objects other than tensors"):
-        panns.main([str(weights), str(tmp_path / "cnn14")])
+        convert_panns.main([str(weights), str(tmp_path / "cnn14")])
     assert not trace.exists()
     torch.load(weights, weights_only=False)
     assert trace.exists()  # it could have

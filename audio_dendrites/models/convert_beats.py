@@ -20,7 +20,7 @@ from torch import nn
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.beats import BEATsConfig
-from audio_dendrites.models.panns import read_checkpoint, read_labels, write_folder
+from audio_dendrites.models.convert_panns import read_checkpoint, read_labels, write_folder
 from audio_dendrites.models.waveform import WaveformConfig, WaveformForAudioClassification
 
 # The authors scale samples by 2^15, which adds a constant to the log of the energies, and normalise then.

@@ -1,6 +1,6 @@
 """The published CNN14 checkpoints of PANNs (Kong et al. 2020, arXiv:1912.10211) as models of this project.
 
-    python -m audio_dendrites.models.panns Cnn14_mAP=0.431.pth FOLDER [--labels class_labels_indices.csv]
+    python -m audio_dendrites.models.convert_panns Cnn14_mAP=0.431.pth FOLDER [--labels class_labels_indices.csv]
 
 `pipeline("audio-classification", model=FOLDER, trust_remote_code=True)` loads the folder, takes raw audio, and returns
 the published clip-wise probabilities. A recipe starts from it with `model: FOLDER` and `waveform: true`.
