@@ -24,7 +24,14 @@ train: install
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		crossval.py $(ARMS:%=configs/quickstart/%.yaml) --last --folds 10 --seeds 1 2 3 4 --output_dir runs/quickstart
 
-test: install
+# The tests of the page in web/ need transformers.js. They are skipped without npm.
+tests/web/node_modules/.installed: tests/web/package.json tests/web/package-lock.json
+	@if command -v npm >/dev/null; then \
+		cd tests/web && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error && touch node_modules/.installed || \
+		echo "The packages of tests/web were not installed, so the tests that need them are skipped." ; \
+	fi
+
+test: install tests/web/node_modules/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install

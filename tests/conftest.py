@@ -139,9 +139,8 @@ def build(kind: str = "ast", **changes) -> nn.Module:
     return SmallCNN() if kind == "cnn" else ASTForAudioClassification(ASTConfig(**strides, **fields))
 
 
-@pytest.fixture
-def online(hub, tmp_path, monkeypatch) -> Hub:
-    """The Hub of `hub`. This process is logged in to it."""
+def log_in(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log this process in to a Hub, with caches in the folder `home`."""
     for name in list(os.environ):
         if name.startswith("HF_") and name != "HF_DATASETS_CACHE":
             monkeypatch.delenv(name)
@@ -152,10 +151,16 @@ def online(hub, tmp_path, monkeypatch) -> Hub:
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
-        "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
     }.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+
+
+@pytest.fixture
+def online(hub, tmp_path, monkeypatch) -> Hub:
+    """The Hub of `hub`. This process is logged in to it."""
+    log_in(hub, tmp_path / "home", monkeypatch)
     return hub
 
 

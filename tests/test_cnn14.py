@@ -12,9 +12,9 @@ from transformers import AutoModelForAudioClassification, pipeline
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
+from audio_dendrites.models.convert_panns import convert, main
 from audio_dendrites.models.families import learning_rates
 from audio_dendrites.models.loading import load_model
-from audio_dendrites.models.convert_panns import convert, main
 from audio_dendrites.recipes import ModelArguments
 
 EXTRACTOR = BatchedASTFeatureExtractor(max_length=48, num_mel_bins=16)

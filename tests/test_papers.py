@@ -25,9 +25,9 @@ from audio_dendrites.data.audio import load_waveform
 from audio_dendrites.data.features import BatchedASTFeatureExtractor, extract_features
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.cnn14 import CNN14Config, CNN14ForAudioClassification
+from audio_dendrites.models.convert_panns import SETTINGS
 from audio_dendrites.models.finished import load_finished
 from audio_dendrites.models.loading import check_model, load_extractor, load_model
-from audio_dendrites.models.convert_panns import SETTINGS
 from audio_dendrites.recipes import FeatureArguments, ModelArguments, RunArguments, parse_recipe
 from audio_dendrites.results.inference import classify_clips
 from audio_dendrites.training.trainer import step_factor

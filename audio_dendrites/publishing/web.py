@@ -33,13 +33,14 @@ from audio_dendrites.results.runs import read_same_tests
 from audio_dendrites.results.scores import score, score_names, with_predictions
 from audio_dendrites.results.tables import markdown_table
 
-# The feature extractors that transformers.js shares with this project, and the types of models that it knows for each.
-# A model of another type gets the first one.
+AST, WAV2VEC2 = "audio-spectrogram-transformer", "wav2vec2"
+# For each type of model, a type that transformers.js knows and whose features are the same.
 TYPES = {
-    "ASTFeatureExtractor": ("audio-spectrogram-transformer",),
-    "Wav2Vec2FeatureExtractor": ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat"),
+    **dict.fromkeys((AST, "mel-vit", "cnn14", "beats"), AST),
+    **dict.fromkeys((WAV2VEC2, "data2vec-audio", "waveform-classifier"), WAV2VEC2),
+    **{kind: kind for kind in ("hubert", "wavlm", "unispeech", "unispeech-sat")},
 }
-AST_RATE = 16000  # Hz; the AST extractor of transformers.js has windows of 400 samples
+AST_RATE = 16000  # Hz; transformers.js computes spectrograms with windows of 400 samples
 CODE_FIELDS = ("auto_map", "architectures", "dendrites", "_name_or_path")  # of config.json, which the graph replaces
 FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}  # as transformers.js names them
 MOST_CLIPS = 1000  # that are classified to measure int8
@@ -135,45 +136,45 @@ def write_web(run: Path, name: str, template: Path, source: str) -> Path:
 def web_config(run: Path, config: PreTrainedConfig, extractor: FeatureExtractionMixin) -> dict[str, Any]:
     """config.json for transformers.js.
 
-    Its type is that of the model without dendrites. If transformers.js does not know this type, it is one with the same
+    Its type is that of the model without dendrites or, if transformers.js does not know this type, one with the same
     features. `windows` has what a program needs to cut long clips as predict.py does: the samples of a window, from
     one window to the next, and of a hop. It is None if the model takes clips of any length.
 
     Raises:
         UserError: transformers.js cannot compute the features of the model.
     """
-    kind, rate = type(extractor).__name__, extractor.sampling_rate
+    kind, rate = config.model_type.removeprefix("dendritic-"), extractor.sampling_rate
     if kind not in TYPES:
+        raise UserError(f"--web: transformers.js can run models of the types {', '.join(TYPES)}, got {kind} in {run}")
+    if TYPES[kind] == AST and rate != AST_RATE:
         raise UserError(
-            f"--web: the feature extractor must be {' or '.join(TYPES)}, so that transformers.js gives the same "
-            f"scores, got {kind} of {run}"
+            f"--web: sampling_rate must be {AST_RATE}, for which transformers.js computes spectrograms, got {rate} in "
+            f"{run}. Models that were trained with `waveform: true` may have any rate"
         )
-    if kind == "ASTFeatureExtractor" and rate != AST_RATE:
-        raise UserError(
-            f"--web: sampling_rate must be {AST_RATE}, the only one of the {kind} of transformers.js, got {rate} in "
-            f"{run}. A model that was trained with `waveform: true` may have any rate"
-        )
-    plain = config.model_type.removeprefix("dendritic-")
     fields = {name: value for name, value in read_json(run / "config.json").items() if name not in CODE_FIELDS}
     layout = window_layout(extractor, config)
     hop, frames, cut = layout["hop_length"], layout["max_length"], None
     if frames < sys.maxsize:
         first, second, *_ = windows(3 * frames * hop + layout["window_length"], **layout)
         cut = {"length": first.stop, "step": second.start, "hop": hop}
-    return fields | {"model_type": plain if plain in TYPES[kind] else TYPES[kind][0], "windows": cut}
+    return fields | {"model_type": TYPES[kind], "windows": cut}
 
 
 def quantize(path: Path, output: Path) -> None:
     """Write an ONNX file with int8 weights, by ONNX Runtime's dynamic quantization, after the steps that it advises.
 
     Every output channel has its own scale. The weights are unsigned: on many CPUs, ONNX Runtime adds signed ones with
-    saturation, and its convolutions with signed weights are slow.
+    saturation, and its convolutions with signed weights are slow. The mel filters of a waveform model stay in fp32,
+    because eight bits cannot hold the range of a power spectrum.
     """
+    import onnx
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    front_end = [node.name for node in nodes if any(".front_end" in entry.value for entry in node.metadata_props)]
     # Without shapes, which quantization does not need. It also folds the weights of dendrites into constants.
     quant_pre_process(path, output, skip_symbolic_shape=True, skip_onnx_shape=True)
-    quantize_dynamic(output, output, per_channel=True, weight_type=QuantType.QUInt8)
+    quantize_dynamic(output, output, per_channel=True, weight_type=QuantType.QUInt8, nodes_to_exclude=front_end)
 
 
 def measure(run: Path, models: dict[str, OnnxModel], extractor: FeatureExtractionMixin) -> dict[str, Any]:
