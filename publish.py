@@ -71,8 +71,8 @@ def show(run: Path, repo_id: str, other: str | None, web: bool) -> None:
             folder = opened.enter_context(staged(run, repo_id, CARD, other))
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in staged_files(folder)}
     rows = [["file", "bytes"], *([name, f"{size:,}"] for name, size in sizes.items())]
-    to = f"{repo_id}{'-web' * web}"
-    print(f"\n{run} → {to}\n\n{markdown_table(rows)}\n\n{sum(sizes.values()):,} bytes. Nothing was sent.")
+    print(f"\n{folder if web else run} → {repo_id}{'-web' * web}\n\n{markdown_table(rows)}")
+    print(f"\n{sum(sizes.values()):,} bytes. Nothing was sent.")
 
 
 def main(arguments: Sequence[str]) -> None:

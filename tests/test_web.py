@@ -30,6 +30,8 @@ from audio_dendrites.publishing import web
 
 PACKAGES = Path(__file__).parent / "web" / "node_modules"
 MODELS = {"me/tones-baseline-web": "run_baseline", "me/tones-web": "run"}
+ON_PAGE = MODELS | {"me/many-web": "many"}
+MANY = {"problem_type": "multi_label_classification", "window_aggregation": "max"}
 TOLERANCE = 1e-3  # of a score; with fp32 it is about 1e-6
 INT8_TOLERANCE = 0.05
 CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/(@?[^@]+)@([^/]+)/?(.*)")
@@ -52,7 +54,7 @@ needs_packages = pytest.mark.skipif(
 
 
 class Published(NamedTuple):
-    """Two runs, `run` and `run_baseline` in a folder, that were published with --web to a Hub."""
+    """The runs `run`, `run_baseline` and, multi-label, `many` in a folder, and the Hub that they were published to."""
 
     folder: Path
     hub: Hub
@@ -70,6 +72,12 @@ def published(finished_pair, tmp_path_factory) -> Iterator[Published]:
     with Hub() as hub, pytest.MonkeyPatch.context() as patch:
         log_in(hub, folder / "home", patch)
         publish.main([str(folder / "run"), "--repo_id", "tones", "--web"])
+        shutil.copytree(folder / "run", folder / "many")
+        files = hub.files("me/tones-web")
+        files["config.json"] = json.dumps(json.loads(files["config.json"]) | MANY)
+        hub.commit("me/many-web", files)
+        config = folder / "many" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | MANY))
         yield Published(folder, hub)
 
 
@@ -115,9 +123,8 @@ def test_without_the_test_clips_the_card_says_that_nothing_was_measured(publishe
     run = shutil.copytree(published.folder / "run_baseline", tmp_path / "run")
     recipe = run / "config.yaml"
     recipe.write_text(re.sub(r"(?m)^dataset: .*", f"dataset: {tmp_path}/gone.parquet", recipe.read_text()))
-    exported = run / "export" / "web" / web.FILES["fp32"]
-    monkeypatch.setattr(web, "export_run", lambda run, format, output: shutil.copyfile(kept, output))
-    kept = shutil.copyfile(exported, tmp_path / "model.onnx")
+    exported = shutil.copyfile(run / "export" / "web" / web.FILES["fp32"], tmp_path / "model.onnx")
+    monkeypatch.setattr(web, "export_run", lambda run, format, output: shutil.copyfile(exported, output))  # in no time
     publish.main([str(run), "--repo_id", "me/x", "--web", "--dry_run"])
     assert "Nothing was sent" in capsys.readouterr().out and "models/me/x-web" not in published.hub.repos
     card = (run / "export" / "web" / "README.md").read_text()
@@ -185,7 +192,7 @@ def page(browser, published):
 
     def model(route):
         name, file = HUB.fullmatch(route.request.url).groups()
-        content = published.hub.files(name).get(file) if name in MODELS else None
+        content = published.hub.files(name).get(file) if name in ON_PAGE else None
         headers = {"Access-Control-Allow-Origin": "*"}
         route.fulfill(status=404 if content is None else 200, body=content or b"", headers=headers)
 
@@ -203,7 +210,7 @@ def page(browser, published):
 
 def answers(page) -> dict[str, dict[str, float]]:
     """The scores on the page, by model and class."""
-    page.wait_for_selector("article:nth-child(2)")
+    page.wait_for_selector("article:nth-child(3)")
     cards = [one.inner_text().splitlines() for one in page.query_selector_all("article")]
     cards = [[line for line in card if line] for card in cards]
     return {name: dict(zip(rows[::2], map(float, rows[1::2]), strict=True)) for name, _, *rows in cards}
@@ -220,17 +227,17 @@ def test_the_page_shows_the_scores_of_predict(page, published, sounds, tmp_path)
     page.wait_for_selector("text=Enter the models that")
     for width, dtype, tolerance in ((1200, "fp32", TOLERANCE), (360, "q8", INT8_TOLERANCE)):
         page.set_viewport_size({"width": width, "height": 800})
-        page.get_by_label("Models").fill(", ".join(MODELS))
+        page.get_by_label("Models").fill(", ".join(ON_PAGE))
         page.get_by_label("Weights").select_option(dtype)
         page.get_by_role("button", name="Load").click()
         page.wait_for_selector("#sound:enabled")
         for sound, windows in {"short": "1 window,", "long": "4 windows,"}.items():
             page.get_by_label("Sound file").set_input_files(sounds[sound])
             found = answers(page)
-            assert page.inner_text("#results").count(windows) == 2
+            assert page.inner_text("#results").count(windows) == 3
             for name, scores in found.items():
                 predict.main(
-                    [str(published.folder / MODELS[name]), str(sounds[sound]), "--output", str(tmp_path / "x")]
+                    [str(published.folder / ON_PAGE[name]), str(sounds[sound]), "--output", str(tmp_path / "x")]
                 )
                 expected = pandas.read_csv(tmp_path / "x").drop(columns="file").iloc[0]
                 assert next(iter(scores)) == expected.idxmax()
@@ -241,7 +248,7 @@ def test_the_page_shows_the_scores_of_predict(page, published, sounds, tmp_path)
     page.get_by_role("button", name="Record").click()
     page.wait_for_timeout(300)
     page.get_by_role("button", name="Stop").click()
-    assert answers(page).keys() == MODELS.keys()
+    assert answers(page).keys() == ON_PAGE.keys()
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 16000)
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
     for name, said in {"silent": "The sound is silent", "broken": "cannot read the file as sound"}.items():
