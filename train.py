@@ -12,20 +12,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from audio_dendrites.errors import run_program
-from audio_dendrites.recipes import Recipe, parse_recipe, write_yaml
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # here, so that it does not wait for the imports below
+    sys.modules["peft"] = None  # TrainingArguments imports it if it is installed, which takes as long as all the rest
+    from audio_dendrites.recipes import parse_recipe
 
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    parse_recipe(["--help"])  # here, so that it does not wait for the imports below
+    parse_recipe(["--help"])
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 
+from audio_dendrites.errors import run_program
 from audio_dendrites.models.families import default_dendrites, learning_rates
 from audio_dendrites.models.loading import load_model, load_teacher
 from audio_dendrites.publishing import hub
 from audio_dendrites.publishing.card import write_card
+from audio_dendrites.recipes import Recipe, parse_recipe, write_yaml
 from audio_dendrites.results.comparison import write_comparison
 from audio_dendrites.results.metrics import compute_metrics
 from audio_dendrites.results.report import is_finished, print_summary
