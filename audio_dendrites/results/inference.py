@@ -120,6 +120,16 @@ class Batches(IterableDataset):
         return dict(self.extractor(waveforms, sampling_rate=self.extractor.sampling_rate, return_tensors="pt"))
 
 
+def batches_of(
+    model: PreTrainedModel, extractor: FeatureExtractionMixin, clips: Sequence[Mapping[str, Any]], batch_size: int
+) -> Batches:
+    """The batches that `classify_clips` gives to the model."""
+    if type(extractor) is ASTFeatureExtractor:  # the same numbers, much faster
+        extractor = BatchedASTFeatureExtractor.from_dict(extractor.to_dict())
+    layout, channel = window_layout(extractor, model.config), getattr(model.config, "channel", "mean")
+    return Batches(clips, extractor, layout, channel, batch_size)
+
+
 def classify_clips(
     model: PreTrainedModel,
     extractor: FeatureExtractionMixin,
@@ -142,13 +152,10 @@ def classify_clips(
         UserError: `embed` is set, and the model has no layer named classifier.
     """
     config = model.config
-    if type(extractor) is ASTFeatureExtractor:  # the same numbers, much faster
-        extractor = BatchedASTFeatureExtractor.from_dict(extractor.to_dict())
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    layout, channel = window_layout(extractor, config), getattr(config, "channel", "mean")
     workers = min(_WORKERS, os.cpu_count() or 1, len(clips) // _CLIPS_A_WORKER)
-    batches = Batches(clips, extractor, layout, channel, batch_size)
+    batches = batches_of(model, extractor, clips, batch_size)
     waiting, found, following = {}, defaultdict(list), 0
     loader = DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None)
     for inputs, windows in loader:
