@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from audio_dendrites.errors import UserError, run_program
 
 PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-PARSER.add_argument("runs", nargs="+", metavar="RUN", help="Run folders or Hub ids.")
+PARSER.add_argument("runs", nargs="+", metavar="RUN", help="Run folders, Hub ids, or Hub ids@revision.")
 PARSER.add_argument("--port", type=int, help="Default: the first free one from 7860.")
 PARSER.add_argument("--server_name", default="127.0.0.1", help="Address to listen at. Default: 127.0.0.1.")
 PARSER.add_argument(

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-PARSER.add_argument("run", metavar="RUN", help="Run folder or Hub id.")
+PARSER.add_argument("run", metavar="RUN", help="Run folder, Hub id, or Hub id@revision.")
 PARSER.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="Sound files, or folders of them.")
 PARSER.add_argument("--top_k", type=int, default=3, help="Number of classes to show for each file. Default: 3.")
 PARSER.add_argument("--batch_size", type=int, default=16, help="Windows in a batch. Default: 16.")
@@ -49,7 +49,7 @@ from transformers import PreTrainedConfig
 from audio_dendrites.data.audio import SUFFIXES
 from audio_dendrites.errors import UserError, run_program
 from audio_dendrites.files import written_whole
-from audio_dendrites.models.finished import load_finished, revision_of
+from audio_dendrites.models.finished import load_finished, revision_of, split_revision
 from audio_dendrites.recipes import check_range
 from audio_dendrites.results.inference import Answer, classify_clips
 from audio_dendrites.results.tables import markdown_table
@@ -69,7 +69,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
 
 
 @contextmanager
-def scores_file(path: Path, config: PreTrainedConfig) -> Iterator[Write]:
+def scores_file(path: Path, config: PreTrainedConfig, run: str) -> Iterator[Write]:
     """A CSV file with a row for each file: its name, and the score of each class."""
     with written_whole(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         write = csv.writer(file, lineterminator="\n").writerow
@@ -78,7 +78,7 @@ def scores_file(path: Path, config: PreTrainedConfig) -> Iterator[Write]:
 
 
 @contextmanager
-def timeline_file(path: Path, config: PreTrainedConfig) -> Iterator[Write]:
+def timeline_file(path: Path, config: PreTrainedConfig, run: str) -> Iterator[Write]:
     """A row for each window: file, start and end in seconds, and the score of each class, as CSV.
 
     A .txt file has Audacity's labels: the class of each window and its score, or all classes above 0.5 if the model is
@@ -104,12 +104,12 @@ def timeline_file(path: Path, config: PreTrainedConfig) -> Iterator[Write]:
 
 
 @contextmanager
-def embeddings_file(path: Path, config: PreTrainedConfig) -> Iterator[Write]:
+def embeddings_file(path: Path, config: PreTrainedConfig, run: str) -> Iterator[Write]:
     """A Parquet file with a row for each file: its name, and its embedding, a list of float32.
 
     The metadata of the file name the model and, if it came from the Hub, its revision.
     """
-    metadata = {"model": config.name_or_path, "revision": revision_of(config.name_or_path) or ""}
+    metadata = {"model": split_revision(run)[0], "revision": revision_of(run) or ""}
     schema = pa.schema({"file": pa.string(), "embedding": pa.list_(pa.float32())}, metadata)
     rows = []
 
@@ -156,7 +156,9 @@ def main(arguments: Sequence[str]) -> None:
     clips = [{"bytes": None, "path": str(file)} for file in files]
     answers = classify_clips(model, extractor, clips, options.batch_size, "embeddings" in paths)
     with ExitStack() as opened:
-        writers = [opened.enter_context(FILES[option](path, model.config)) for option, path in paths.items()]
+        writers = [
+            opened.enter_context(FILES[option](path, model.config, options.run)) for option, path in paths.items()
+        ]
         for file, answer in zip(files, tqdm(answers, total=len(files), unit=" files", disable=None), strict=True):
             if answer.fault:
                 faults.append(answer.fault)

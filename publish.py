@@ -9,6 +9,8 @@ command again sends only the missing files. --dry_run lists every file, needs no
 
 --web pushes the models for transformers.js, which runs them in browsers: to <repo_id>-web and <repo_id>-baseline-web.
 Their files stay in RUN/export/web. The page in web/ shows both models side by side.
+
+--space me/demo pushes the models and a Space: the page of app.py with the models of this command, side by side.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 PARSER.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a finished run.")
@@ -23,7 +26,9 @@ PARSER.add_argument("--repo_id", help="owner/name, for one RUN. Default: name of
 PARSER.add_argument("--private", action="store_true", help="Make a new repository private.")
 PARSER.add_argument("--revision", metavar="BRANCH", help="Branch to push to, created if missing. Default: main.")
 PARSER.add_argument("--without_baseline", action="store_true", help="Push a run with dendrites alone.")
-PARSER.add_argument("--web", action="store_true", help="Push ONNX files for transformers.js. Needs onnxruntime.")
+KIND = PARSER.add_mutually_exclusive_group()
+KIND.add_argument("--space", metavar="ID", help="Also push a Space that runs app.py with these models. Needs gradio.")
+KIND.add_argument("--web", action="store_true", help="Push ONNX files for transformers.js. Needs onnxruntime.")
 PARSER.add_argument("--dry_run", action="store_true", help="List every file and its size, and send nothing.")
 if __name__ == "__main__":
     PARSER.parse_args()  # here, so that --help does not wait for the imports below
@@ -31,6 +36,7 @@ if __name__ == "__main__":
 from audio_dendrites.errors import run_program
 from audio_dendrites.publishing.content import read_comparison, staged_files
 from audio_dendrites.publishing.hub import Target, publish, staged
+from audio_dendrites.publishing.space import publish_space, stage_space
 from audio_dendrites.publishing.web import publish_web, write_web
 from audio_dendrites.recipes import default_hub_model_id
 from audio_dendrites.results.tables import markdown_table
@@ -69,29 +75,49 @@ def show(run: Path, repo_id: str, other: str | None, web: bool) -> None:
             folder = write_web(run, f"{repo_id}-web", WEB_CARD, repo_id)
         else:
             folder = opened.enter_context(staged(run, repo_id, CARD, other))
-        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in staged_files(folder)}
+        list_files(f"{folder if web else run} → {repo_id}{'-web' * web}", folder)
+
+
+def show_space(repo_id: str, models: Sequence[str]) -> None:
+    """List the files that a push of a Space would send."""
+    with TemporaryDirectory(prefix="space-") as folder:
+        stage_space(Path(folder), repo_id, dict.fromkeys(models, "main"))
+        list_files(f"Space {repo_id}", Path(folder))
+
+
+def list_files(title: str, folder: Path) -> None:
+    """Print the names and sizes of the files of a folder."""
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in staged_files(folder)}
     rows = [["file", "bytes"], *([name, f"{size:,}"] for name, size in sizes.items())]
-    print(f"\n{folder if web else run} → {repo_id}{'-web' * web}\n\n{markdown_table(rows)}")
-    print(f"\n{sum(sizes.values()):,} bytes. Nothing was sent.")
+    print(f"\n{title}\n\n{markdown_table(rows)}\n\n{sum(sizes.values()):,} bytes. Nothing was sent.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read the command line, and push or show one run after the other."""
+    """Read the command line, and push or show one run after the other, and then the Space."""
     options = PARSER.parse_args(arguments)
     if options.repo_id and len(options.runs) > 1:
         PARSER.error(f"--repo_id must be left out with more than one run, got {len(options.runs)} runs")
+    command, targets = shlex.join(["python", "publish.py", *arguments]), []
     for run, repo_id, other in publications(options):
+        target = Target(f"{repo_id}{'-web' * options.web}", options.private or None, options.revision)
+        targets.append(target)
         if options.dry_run:
             show(run, repo_id, other, options.web)
-            continue
-        command = shlex.join(["python", "publish.py", *arguments])
-        target = Target(f"{repo_id}{'-web' * options.web}", options.private or None, options.revision)
-        if options.web:
-            address = publish_web(run, target, WEB_CARD, repo_id, command)
+        elif options.web:
+            say(run, target, publish_web(run, target, WEB_CARD, repo_id, command))
         else:
-            address = publish(run, target, CARD, other, command)
-        said = f"published at {address}" if address else f"{target.repo_id} has every file already"
-        print(f"{run}: {said}", flush=True)
+            say(run, target, publish(run, target, CARD, other, command))
+    if options.space and options.dry_run:
+        show_space(options.space, [target.repo_id for target in targets])
+    elif options.space:
+        space = Target(options.space, options.private or None)
+        say("Space", space, publish_space(space, targets, options.runs[0], command))
+
+
+def say(what: str | Path, target: Target, address: str | None) -> None:
+    """Print the result of a push."""
+    found = f"published at {address}" if address else f"{target.repo_id} has every file already"
+    print(f"{what}: {found}", flush=True)
 
 
 if __name__ == "__main__":

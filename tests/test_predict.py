@@ -129,9 +129,12 @@ def test_embeddings_of_a_model_of_the_hub_name_its_commit(save, sounds, online, 
     api = HfApi()
     api.create_repo("me/tiny")
     api.upload_folder(repo_id="me/tiny", folder_path=save("ast"))
-    predict.main(["me/tiny", str(sounds / "0.flac"), "--embeddings", str(tmp_path / "e.parquet")])
-    metadata = pyarrow.parquet.read_schema(tmp_path / "e.parquet").metadata
-    assert metadata == {b"model": b"me/tiny", b"revision": online.commits("me/tiny")[0].encode()}
+    api.upload_file(repo_id="me/tiny", path_in_repo="notes.txt", path_or_fileobj=b"newer")
+    newest, pinned, _ = online.commits("me/tiny")
+    for name, commit in {"me/tiny": newest, f"me/tiny@{pinned}": pinned}.items():
+        predict.main([name, str(sounds / "0.flac"), "--embeddings", str(tmp_path / "e.parquet")])
+        metadata = pyarrow.parquet.read_schema(tmp_path / "e.parquet").metadata
+        assert metadata == {b"model": b"me/tiny", b"revision": commit.encode()}
 
 
 def test_a_long_file_and_many_files_need_little_memory(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def load_finished(name: str | Path, trust_remote_code: bool = False) -> tuple[Pr
     another type brings its own code, which can do everything that the user can do.
 
     Args:
-        name: Folder or Hub id.
+        name: Folder, Hub id, or Hub id@revision.
         trust_remote_code: Whether code from the folder or the repository may run.
 
     Returns:
@@ -51,17 +51,18 @@ def load_finished(name: str | Path, trust_remote_code: bool = False) -> tuple[Pr
         UserError: There is no such model, its weights do not fit its configuration, or it needs its own code and
             `trust_remote_code` is False.
     """
-    name = str(name)
-    _register_dendritic(name)
-    if trust_remote_code and (code := own_code(name)):
+    name, revision = split_revision(name)
+    _register_dendritic(name, revision)
+    if trust_remote_code and (code := own_code(name, revision)):
         logger.warning("%s may run its own code: %s.", name, ", ".join(code))
+    settings = {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
         model, loading = AutoModelForAudioClassification.from_pretrained(
-            name, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True
+            name, dtype=torch.float32, output_loading_info=True, **settings
         )
-        extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        extractor = AutoFeatureExtractor.from_pretrained(name, **settings)
     except LOADING_ERRORS as error:
-        raise loading_error(name, error) from error
+        raise loading_error(name, error, revision) from error
     if wrong := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):
         raise UserError(
             f"{name}: the weights do not fit config.json: {len(wrong)} tensors are missing or left over, among them "
@@ -70,16 +71,23 @@ def load_finished(name: str | Path, trust_remote_code: bool = False) -> tuple[Pr
     return model.requires_grad_(False).eval(), extractor
 
 
+def split_revision(name: str | Path) -> tuple[str, str]:
+    """The name and the revision of name@revision. The default is main, the branch. A folder has no revision."""
+    found, _, revision = (str(name), "", "") if Path(name).is_dir() else str(name).partition("@")
+    return found, revision or "main"
+
+
 def revision_of(name: str | Path) -> str | None:
-    """The commit of a model that was loaded from the Hub. None for a folder."""
-    path = None if Path(name).is_dir() else try_to_load_from_cache(str(name), "config.json")
+    """The commit of a model that `load_finished` loaded from the Hub. None for a folder."""
+    name, revision = split_revision(name)
+    path = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def _register_dendritic(name: str) -> None:
+def _register_dendritic(name: str, revision: str) -> None:
     """Let transformers load the dendritic form of one of its own models by this project's code, not by the folder's."""
     try:
-        config = PreTrainedConfig.get_config_dict(name)[0]
+        config = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
     except (OSError, ValueError):
         return  # `from_pretrained` says what is wrong
     stock = str(config.get("model_type")).removeprefix("dendritic-")
@@ -90,12 +98,12 @@ def _register_dendritic(name: str) -> None:
         AutoModelForAudioClassification.register(own_config, own_model, exist_ok=True)
 
 
-def loading_error(name: str, error: Exception) -> UserError:
+def loading_error(name: str, error: Exception, revision: str = "main") -> UserError:
     """The reason why a model, or its configuration, did not load."""
     if NEEDS_OWN_CODE in str(error):
         return UserError(
-            f"{name} needs code of its own, {', '.join(own_code(name))}. It was not run, because it can do everything "
-            f"that you can do. If you have read it and trust it, predict.py runs it with --trust_remote_code"
+            f"{name} needs code of its own, {', '.join(own_code(name, revision))}. It was not run, because it can do "
+            f"everything that you can do. If you have read it and trust it, predict.py runs it with --trust_remote_code"
         )
     if isinstance(error, pickle.UnpicklingError):
         return UserError(f"{name} could not be loaded: its weights hold objects other than tensors, which can run code")
@@ -105,12 +113,12 @@ def loading_error(name: str, error: Exception) -> UserError:
     return UserError(f"{name} could not be loaded: {fault or shorten(str(error), 400, placeholder=' …')}")
 
 
-def own_code(name: str) -> list[str]:
+def own_code(name: str, revision: str = "main") -> list[str]:
     """The Python files, with their folder or repository, that `trust_remote_code=True` runs for a model."""
     references = []
     for read in (PreTrainedConfig.get_config_dict, FeatureExtractionMixin.get_feature_extractor_dict):
         try:
-            auto_map = read(name)[0].get("auto_map", {})
+            auto_map = read(name, revision=revision)[0].get("auto_map", {})
         except (OSError, ValueError):
             continue  # a file that is missing or broken names no code
         references += [auto_map[key] for key in AUTO_CLASSES if key in auto_map]

@@ -26,7 +26,7 @@ from audio_dendrites.data.audio import BadClip, load_waveform, window_samples
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
 from audio_dendrites.data.synthetic import generate_clips
 from audio_dendrites.errors import UserError
-from audio_dendrites.models.finished import load_finished
+from audio_dendrites.models.finished import load_finished, split_revision
 from audio_dendrites.results.inference import Answer, batches_of, classify_clips
 from audio_dendrites.results.rollout import attention_rollout, body_of
 
@@ -77,12 +77,12 @@ Model = tuple[PreTrainedModel, FeatureExtractionMixin]
 
 
 def load_models(runs: Sequence[str], trust_remote_code: bool = False) -> dict[str, Model]:
-    """Run folders or models of the Hub, by short name, or by what was given if short names repeat.
+    """Run folders or models of the Hub (`load_finished`), by short name, or by what was given if short names repeat.
 
     Raises:
         UserError: A model cannot be loaded.
     """
-    names = [Path(run).resolve().name for run in runs]
+    names = [Path(split_revision(run)[0]).resolve().name for run in runs]
     names = names if len(set(names)) == len(names) else runs
     return {name: load_finished(run, trust_remote_code) for name, run in zip(names, runs, strict=True)}
 
@@ -272,7 +272,7 @@ def serve(runs: Sequence[str], port: int | None, server_name: str, trust_remote_
     """Load the models, and serve the page until Ctrl-C.
 
     Args:
-        runs: Run folders or Hub ids.
+        runs: Run folders, Hub ids, or Hub ids@revision.
         port: The port, or None for the first free one from 7860.
         server_name: The address to listen at.
         trust_remote_code: Whether the code of a model may run.

@@ -265,7 +265,9 @@ def create_repo(request: Request) -> dict:
     kind, owner = asked.get("type") or "model", asked.get("organization") or (request.account or ("nobody",))[0]
     repo_id = f"{owner}/{asked['name']}"
     request.check_may_write(repo_id)
-    url = f"{request.hub.url}/{'datasets/' * (kind == 'dataset')}{repo_id}"
+    if kind == "space" and asked.get("sdk") not in ("gradio", "docker", "static"):
+        raise HubError(400, '"sdk" must be one of [gradio, docker, static]')
+    url = f"{request.hub.url}/{'' if kind == 'model' else f'{kind}s/'}{repo_id}"
     if f"{kind}s/{repo_id}" in request.hub.repos:
         raise HubError(409, f"You already created this {kind} repo", url=url)
     request.hub.create(kind, repo_id, asked.get("visibility") == "private" or bool(asked.get("private")))
@@ -386,7 +388,7 @@ def download(request: Request, kind: str | None, repo_id: str, revision: str, pa
 
 
 ID = r"(?P<repo_id>[^/]+/[^/]+)"
-API = rf"/api/(?P<kind>model|dataset)s/{ID}"
+API = rf"/api/(?P<kind>model|dataset|space)s/{ID}"
 ROUTES: list[tuple[str, str, Callable]] = [
     ("GET", "/api/whoami-v2", whoami),
     ("POST", "/api/repos/create", create_repo),
@@ -399,7 +401,7 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("POST", rf"{API}/commit/(?P<revision>[^/]+)", commit),
     ("POST", rf"/{ID}\.git/info/lfs/objects/batch", start_large_uploads),
     ("PUT", r"/_lfs/(?P<oid>[0-9a-f]{64})/(?P<size>\d+)", upload_large),
-    ("GET|HEAD", rf"/((?P<kind>datasets)/)?{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", download),
+    ("GET|HEAD", rf"/((?P<kind>datasets|spaces)/)?{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", download),
 ]
 
 
