@@ -111,6 +111,48 @@ def test_several_runs_share_a_page_and_cells_count_what_they_filter(finished_pai
     assert f"the runs disagree on {page.shown('differ')}." in page.text
 
 
+def test_the_page_of_a_file_on_a_phone(tones, tmp_path, browser):
+    labels, kinds = ["low", "high_tone"], ["low", "high_tone"] * 3
+    dataset = named_tones(tones, kinds, salience=[1, 2] * 3)
+    logits = np.eye(2)[[0, 1, 0, 1, 0, 0]], np.eye(2)[[0, 1, 0, 1, 1, 1]]
+    names = ("ast_from_random_weights_with_dendrites_in_the_last_attention", "cnn14")
+    write(*(by_hand(tmp_path / name, dataset, labels, kinds, rows) for name, rows in zip(names, logits, strict=True)))
+    said, tab = [], browser.new_page(viewport={"width": 360, "height": 800})
+    tab.set_default_timeout(10_000)
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.goto((tmp_path / "report.html").as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    # A word of a name is in one line.
+    box = "node => { const r = document.createRange(); r.selectNodeContents(node); return r.getClientRects().length }"
+    words = "n => [...n.childNodes].filter(c => c.nodeType === 3 && c.data.trim()).map(" + box + ")"
+    assert set(tab.locator("tbody th").first.evaluate(words)) == {1}
+
+    def shown() -> list[str]:
+        return tab.locator("article:visible h3").all_inner_texts()
+
+    choose_class, choose_mistake, choose_clips = (
+        tab.get_by_label(name, exact=True) for name in ("class", "mistake", "clips")
+    )
+    assert sorted(shown()) == [f"c{row:02}" for row in range(6)]
+    choose_clips.select_option("runs disagree")
+    assert sorted(shown()) == ["c04", "c05"]
+    choose_mistake.select_option("m0-1")  # low → high_tone
+    assert shown() == ["c04"]
+    tab.get_by_role("button", name="Show all").click()
+    choose_class.select_option("high_tone")
+    tab.get_by_text("4 of the 6 clips").wait_for()
+    tab.locator("[data-token='0/1-0']").click()  # high_tone → low by the first run
+    assert shown() == ["c05"] and choose_class.input_value() == ""
+    tab.locator("[data-token='0/1-0']").click()
+    sound = tab.locator("article:visible audio").first
+    sound.evaluate("audio => audio.play()")
+    tab.wait_for_function("audio => audio.currentTime > 0", arg=sound.element_handle())
+    assert sound.evaluate("audio => audio.duration") == pytest.approx(0.35, abs=0.2)
+    assert not said
+    tab.close()
+
+
 def test_names_of_strangers_are_text(tones, tmp_path):
     labels, kinds = ["low", HOSTILE], ["low", HOSTILE, "low", HOSTILE]
     dataset = named_tones(tones, kinds, salience=[1, 1, 2, 2])

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import re
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,6 +17,7 @@ import soundfile
 import yaml
 from datasets import Audio
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from pandas import DataFrame, Series
@@ -147,10 +150,10 @@ def plot_calibration(runs: Sequence[Tested]) -> bytes:
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     for run in runs:
         _, mean, share = calibration(run)
-        axes.plot(mean, share, marker="o", label=run.name)
+        axes.plot(mean, share, marker="o", label=textwrap.fill(run.name, 45))
     what = "share of positives" if runs[0].multi_label else "share of right predictions"
     axes.set(xlabel="score", ylabel=what, xlim=(0, 1), ylim=(0, 1))
-    axes.legend()
+    figure.legend(loc="outside lower center")
     content = io.BytesIO()
     figure.savefig(content, dpi=110, format="png")
     return content.getvalue()
@@ -217,6 +220,11 @@ def spectrogram(waveform: np.ndarray) -> bytes:
     content = io.BytesIO()
     image.save(content, "PNG", optimize=True)
     return content.getvalue()
+
+
+def breakable(name: str) -> Markup:
+    """A name that may break behind punctuation if the screen is narrow, as HTML."""
+    return Markup(re.sub(r"(?<=[_/.-])(?=\w)", "<wbr>", str(escape(name))))
 
 
 def data_uri(kind: str, content: bytes) -> str:
@@ -341,8 +349,9 @@ def page(folders: Sequence[Path], count: int, dataset: str | None = None) -> str
     except BadClip as error:
         raise UserError(f"dataset: {data.dataset} must have the clips that the runs tested, got {error}") from error
     states = [tokens(row, runs) for row in range(len(clips))]
-    template = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
-    return template.get_template(TEMPLATE.name).render(
+    templates = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
+    templates.filters["breakable"] = breakable
+    return templates.get_template(TEMPLATE.name).render(
         dataset=Path(data.dataset).name,
         runs=[shown_run(*each) for each in zip(folders, runs, strict=True)],
         labels=runs[0].metrics["labels"],
