@@ -18,6 +18,7 @@ from conftest import ROOT, TINY_AST, TINY_CNN14, TINY_VIT, TONES, write_run
 from filelock import FileLock, Timeout
 from pandas import DataFrame, MultiIndex
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import set_seed
 
 import crossval
@@ -88,6 +89,8 @@ def test_every_run_has_its_own_run_in_each_tracker(recipe, tmp_path, monkeypatch
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     for module in ("trackio.utils", "trackio.sqlite_storage"):
         monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path / "trackio")
+    for module in ("trackio.utils", "trackio.run", "trackio.media.media"):
+        monkeypatch.setattr(f"{module}.MEDIA_DIR", tmp_path / "trackio" / "media")
     path = recipe(report_to=["wandb", "trackio", "tensorboard"], output_dir=str(tmp_path / "runs" / "tones"))
     crossval.main([path, "--folds", "1", "2"])
     names = ["tones-fold-1-seed-42", "tones-fold-2-seed-42"]
@@ -98,7 +101,13 @@ def test_every_run_has_its_own_run_in_each_tracker(recipe, tmp_path, monkeypatch
         scores = database.execute("SELECT metrics FROM metrics WHERE run_name = ?", names[:1]).fetchall()
     assert [name for name, _ in rows] == names
     assert sum("test/accuracy" in json.loads(row) for (row,) in scores) == 1
-    assert all(len(list(tmp_path.glob(f"runs/tones/{name[6:]}/tensorboard/events.*"))) == 1 for name in names)
+    for name in names:
+        board = EventAccumulator(
+            str(tmp_path / "runs" / "tones" / name[6:] / "tensorboard"), size_guidance={"images": 0}
+        )
+        assert {"figures/learning_curves", "figures/confusion_matrix"} <= {*board.Reload().Tags()["images"]}
+    for folder in ("wandb", "trackio"):
+        assert len(list((tmp_path / folder).rglob("*.png"))) == 4, folder
 
 
 def test_with_last_all_other_folds_train_and_none_chooses(recipe, tmp_path, caplog):

@@ -11,6 +11,7 @@ from audio_dendrites.publishing.check import check_pipeline
 from audio_dendrites.results.dendrites import measure_use
 from audio_dendrites.results.report import print_summary, write_run
 from audio_dendrites.results.scores import predictions_table
+from audio_dendrites.results.trackers import end_tracking
 from audio_dendrites.training.data import RunData
 from audio_dendrites.training.trainer import AudioTrainer
 
@@ -31,7 +32,6 @@ def finish(trainer: AudioTrainer, data: RunData, card_template: Path) -> None:
         output = trainer.predict_in_fp32(data.windows(split, exact=True), prefix)
         predictions[split] = predictions_table(data.index.iloc[data.splits[split]], output, data.labels)
     use = measure_use(trainer)
-    trainer.end_tracking()
     if not trainer.is_world_process_zero():
         return
     with writing_to(folder):
@@ -44,5 +44,6 @@ def finish(trainer: AudioTrainer, data: RunData, card_template: Path) -> None:
         heard = data.sound.select(data.splits["test"])
         check_pipeline(folder, heard, recipe.data.audio_column, predictions["test"], data.loss)
         write_run(folder, recipe, trainer, data.labels, predictions, data.skipped, use)
+        end_tracking(trainer, folder)
         write_card(folder, card_template)
     print_summary(folder)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrategy, PredictionOutput
 from transformers.utils.hub import PushInProgress, hf_api
@@ -198,19 +198,6 @@ class AudioTrainer(Trainer):
             output = self.predict(dataset, metric_key_prefix=metric_key_prefix)
         self.args.per_device_eval_batch_size = batch_size
         return output
-
-    def end_tracking(self) -> None:
-        """Close the run of W&B and Trackio, so that the next training in this process gets its own.
-
-        The callbacks of transformers leave it open because `predict` logs after the training.
-        """
-        if not self.is_world_process_zero():
-            return
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, WandbCallback):
-                callback._wandb.finish()
-            elif isinstance(callback, TrackioCallback):
-                callback._trackio.finish()
 
     def _averaged(self) -> contextlib.AbstractContextManager:
         """A context in which the model has the moving average of its weights, if there is one."""
