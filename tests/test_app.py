@@ -142,7 +142,8 @@ def test_the_page_in_a_browser(address, models, examples, browser, tmp_path, wid
     place, half = picture.bounding_box(), (left + right) / 2
     assert place["width"] >= 600  # so that the text can be read. A narrow screen scrolls it
     picture.click(position={"x": half * place["width"], "y": 50})
-    tab.wait_for_function("audio => !audio.paused && audio.currentTime > 0", arg=sound.element_handle())
+    played = "({played}) => played.length && played.end(0) > played.start(0)"
+    tab.wait_for_function(played, arg=sound.element_handle())
     assert seconds / 2 - 0.2 < sound.evaluate("audio => audio.currentTime") < seconds / 2 + 3
     assert sound.evaluate("audio => audio.duration") == pytest.approx(seconds, abs=0.1)
     sound.evaluate("audio => { audio.pause(); audio.currentTime = 0 }")
