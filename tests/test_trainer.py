@@ -235,6 +235,26 @@ def test_early_stopping_counts_on_after_a_resume(recipe, tmp_path):
     assert read_metrics(tmp_path / "run")["steps"] == 12
 
 
+def test_metrics_json_has_the_share_of_the_steps_time_that_waited_for_data(recipe, tmp_path, monkeypatch, capsys):
+    make_batch = train.SpectrogramCollator.__call__
+
+    def slowly(self, examples):
+        time.sleep(0.2 if "draw" in examples[0] else 1)  # an evaluation does not count
+        return make_batch(self, examples)
+
+    monkeypatch.setattr(train.SpectrogramCollator, "__call__", slowly)
+    run(recipe(num_train_epochs=1))  # four steps of two clips
+    found = read_metrics(tmp_path / "run")["throughput"]
+    assert found.keys() == {"clips_per_second", "data_wait"}
+    assert found["clips_per_second"] < 2 / 0.2 and 0.5 < found["data_wait"] < 1
+    shown = re.search(
+        r"Training steps: (\S+) clips a second. Of their time, they waited (\S+)%", capsys.readouterr().out
+    )
+    assert [float(number) for number in shown.groups()] == pytest.approx(
+        [found["clips_per_second"], 100 * found["data_wait"]], rel=0.01
+    )
+
+
 def test_a_finished_run_is_shown_and_not_repeated(recipe, finished, folder, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     run(recipe())
@@ -344,6 +364,7 @@ def test_two_processes_train_as_one_with_the_same_total_batch(two_processes, tmp
         assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
         metrics = read_metrics(folder / str(number) / "run")
         assert metrics["processes"] == 2 and metrics["test"]["clips"] == 8
+        assert 0 <= metrics["throughput"]["data_wait"] < 1 and 0 < metrics["throughput"]["communication_wait"] < 1
         weights.append(one)
         shutil.rmtree(tmp_path / "one")
     assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in one) > 1e-2  # they did move

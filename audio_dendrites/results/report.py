@@ -40,6 +40,7 @@ def write_run(
     predictions: dict[str, DataFrame],
     skipped: Mapping[str, Sequence[str]],
     use: Mapping[str, Any] | None,
+    throughput: Mapping[str, float] | None,
 ) -> None:
     """Write figures, predictions.parquet and, last, metrics.json. A folder that has metrics.json is complete.
 
@@ -51,6 +52,7 @@ def write_run(
         predictions: `predictions_table` of the splits validation and test.
         skipped: For each split that lacks clips, what was wrong with each of them.
         use: The result of `measure_use`.
+        throughput: The result of `Throughput.measure`.
     """
     state, splits = trainer.state, {}
     timing = next(log for log in reversed(state.log_history) if "train_runtime" in log)
@@ -64,6 +66,7 @@ def write_run(
         "multiply_adds": multiply_adds(trainer),
         # If the run was resumed, these cover the time since.
         **{key: timing[key] for key in ("train_runtime", "train_steps_per_second", "train_samples_per_second")},
+        "throughput": throughput,
         "skipped": dict(skipped),
     }  # fmt: skip
     if use is not None:
@@ -95,7 +98,17 @@ def print_summary(folder: Path) -> None:
         print(f"\n{skipped_list(metrics['skipped'])}")
     if sentence := use_sentence(metrics.get("dendrites")):
         print(f"\n{sentence}")
+    if throughput := metrics.get("throughput"):
+        print(f"\n{throughput_sentence(throughput, metrics['processes'])}")
     print(f"\nRun folder: {folder}", flush=True)
+
+
+def throughput_sentence(found: Mapping[str, float], processes: int) -> str:
+    """How fast a run trained, and what it waited for. `found` is the result of `Throughput.measure`."""
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    waits = {"data_wait": "for data", "communication_wait": "for other processes"}
+    shares = " and ".join(f"{found[name]:.1%} {what}" for name, what in waits.items() if name in found)
+    return f"Training steps: {found['clips_per_second']:.4g} clips a second{each}. Of their time, they waited {shares}."
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def finish(trainer: AudioTrainer, data: RunData, card_template: Path) -> None:
         card_template: Jinja template of the model card.
     """
     recipe, folder = data.recipe, Path(trainer.args.output_dir)
-    predictions = {}
+    throughput, predictions = trainer.throughput.measure(trainer), {}
     for split, prefix in {"validation": "eval", "test": "test"}.items():
         output = trainer.predict_in_fp32(data.windows(split, exact=True), prefix)
         predictions[split] = predictions_table(data.index.iloc[data.splits[split]], output, data.labels)
@@ -43,7 +43,7 @@ def finish(trainer: AudioTrainer, data: RunData, card_template: Path) -> None:
                 os.replace(path, folder / path.name)
         heard = data.sound.select(data.splits["test"])
         check_pipeline(folder, heard, recipe.data.audio_column, predictions["test"], data.loss)
-        write_run(folder, recipe, trainer, data.labels, predictions, data.skipped, use)
+        write_run(folder, recipe, trainer, data.labels, predictions, data.skipped, use, throughput)
         end_tracking(trainer, folder)
         write_card(folder, card_template)
     print_summary(folder)

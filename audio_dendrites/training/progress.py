@@ -1,10 +1,14 @@
-"""What a training shows in a terminal or in the log of a batch job: a line for each evaluation, and bars."""
+"""What a training shows: a line for each evaluation, bars, and its throughput at the end."""
 
 import time
+from collections.abc import Iterator, Mapping
 
+import torch
+from accelerate.utils import find_batch_size
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import ProgressCallback, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from audio_dendrites.models.dendritic import structure_of
 
@@ -71,3 +75,68 @@ class EvaluationLines(ProgressCallback):
         counts = structure_of(model).values()
         cells |= {"dendrites": str(max(counts))} if counts else {}
         return cells | {"time left": "" if left is None else tqdm.format_interval(left)}
+
+
+class Throughput(TrainerCallback):
+    """Counts the clips and the time of the training steps of this process. Evaluations and checkpoints do not count.
+
+    The Trainer reads the loss of each step, so a GPU has finished the gradients before the next batch is fetched.
+
+    Attributes:
+        steps: Number of optimizer steps since the training started or resumed.
+        clips: Number of clips in them.
+        seconds: Wall-clock time of them, from the fetch of a batch to the end of the optimizer's step.
+        waited: The part of it in which the data loader had no batch ready.
+    """
+
+    def __init__(self):
+        self.steps = self.clips = 0
+        self.seconds = self.waited = self._started = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.__init__()
+
+    def fetch(self, batches: Iterator[Mapping[str, torch.Tensor]]) -> Iterator[Mapping[str, torch.Tensor]]:
+        """The batches of the next step. Call it when the step starts."""
+        self._started = time.perf_counter()
+        return self._fetch(batches)
+
+    def _fetch(self, batches: Iterator[Mapping[str, torch.Tensor]]) -> Iterator[Mapping[str, torch.Tensor]]:
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            self.clips += find_batch_size(batch)
+            yield batch
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+        self.seconds += time.perf_counter() - self._started
+
+    def measure(self, trainer: Trainer) -> dict[str, float] | None:
+        """The throughput of a training after its end, as the mean of all processes. All processes must call this.
+
+        Returns:
+            `clips_per_second` of one process, `data_wait`, the share of the time of the steps that waited for data,
+            and, if there are several processes, `communication_wait`, the share that waited for the gradients of other
+            processes while nothing was computed. DDP measures it in the first ten steps and then in every hundredth.
+            None if no step was trained.
+        """
+        waited = _exposed_communication(trainer.model_wrapped) * self.steps
+        counts = torch.tensor([self.clips, self.seconds, self.waited, waited], device=trainer.args.device)
+        clips, seconds, data, communication = trainer.accelerator.reduce(counts).tolist()
+        if not seconds:
+            return None
+        found = {"clips_per_second": clips / seconds, "data_wait": data / seconds}
+        return found | ({"communication_wait": communication / seconds} if trainer.args.world_size > 1 else {})
+
+
+def _exposed_communication(model: nn.Module) -> float:
+    """Seconds of a step in which DDP waits for gradients after the backward pass has ended; 0 without DDP."""
+    wrapped = (module for module in model.modules() if isinstance(module, DistributedDataParallel))
+    if (module := next(wrapped, None)) is None:
+        return 0.0
+    found = module._get_ddp_logging_data()  # nanoseconds, or nothing before the first step
+    return (found.get("avg_backward_comm_time", 0) - found.get("avg_backward_compute_comm_overlap_time", 0)) / 1e9

@@ -34,7 +34,7 @@ from audio_dendrites.training.averaging import MovingAverage, average_weights
 from audio_dendrites.training.checkpoints import CheckpointError, whole_checkpoints
 from audio_dendrites.training.losses import classification_loss, distilled_labels
 from audio_dendrites.training.process import without_tf32
-from audio_dendrites.training.progress import EvaluationLines
+from audio_dendrites.training.progress import EvaluationLines, Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class AudioTrainer(Trainer):
 
     Attributes:
         averaged_steps: Steps of the checkpoints that were averaged, if any.
+        throughput: What the training steps since the start or the resumption took.
         structure_since: Last step that changed the structure of the model. Only later checkpoints are averaged.
     """
 
@@ -107,6 +108,8 @@ class AudioTrainer(Trainer):
         self.averaged_steps: list[int] = []
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(EvaluationLines)
+        self.throughput = Throughput()
+        self.add_callback(self.throughput)
         self.ema = None
         if (decay := getattr(self.args, "ema_decay", None)) is not None:
             self.ema = MovingAverage(decay)
@@ -160,6 +163,9 @@ class AudioTrainer(Trainer):
         self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(self.throughput.fetch(epoch_iterator), num_batches, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is not None and model.training:
