@@ -318,12 +318,21 @@ for path in sys.argv[1:]:
 """
 
 
+def to_first_step(folder: Path) -> None:
+    """Turn a finished run with a checkpoint at each step into one that was interrupted after its first step."""
+    (folder / "metrics.json").unlink()
+    for path in folder.glob("checkpoint-*"):
+        if path.name != "checkpoint-1":
+            shutil.rmtree(path)
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, finished):
     """Two processes on the CPU after one launch, which train several recipes and show a finished run.
 
     Returns:
-        The folder with their runs, 0/run and 1/run of IN_TWO_PROCESSES and pair/run, and what was printed.
+        The folder with their runs, 0/run and 1/run of IN_TWO_PROCESSES, resumed/run, which is 0/run after a first step
+        in one process, and pair/run, and what was printed.
     """
     folder = tmp_path_factory.mktemp("two")
     rows = read_rows(write_tones(folder / "tones.parquet"))
@@ -332,8 +341,9 @@ def two_processes(tmp_path_factory, finished):
     recipes = {"finished": {"dataset": yaml.safe_load((finished / "run" / "config.yaml").read_text())["dataset"]}}
     # SGD, because Adam turns a rounding error in a gradient near zero into a step of the learning rate's size.
     same = {"num_train_epochs": 2, "precision": "fp32", "mixup_alpha": 0.0, "optim": "sgd", "learning_rate": 0.1}
-    same |= {"total_batch_size": 4, "per_device_train_batch_size": 4}
+    same |= {"total_batch_size": 4, "per_device_train_batch_size": 4} | save_each(1)
     recipes |= {str(number): same | fields for number, fields in enumerate(IN_TWO_PROCESSES)}
+    recipes["resumed"] = recipes["0"]
     if find_spec("perforatedai"):
         recipes["pair"] = {"baseline": True, "pai": {"first_growth": 0.3}, "load_best_model_at_end": False}
         recipes["pair"] |= {"num_train_epochs": 1}
@@ -341,6 +351,8 @@ def two_processes(tmp_path_factory, finished):
         (folder / name).mkdir()
     shutil.copytree(finished / "run", folder / "finished" / "run")
     paths = [write_recipe(folder / name, folder / "tones.parquet", **fields) for name, fields in recipes.items()]
+    run(folder / "resumed" / "recipe.yaml")
+    to_first_step(folder / "resumed" / "run")
     (folder / "program.py").write_text(LAUNCHED)
     config = ["--config_file", ROOT / "configs" / "accelerate" / "two_cpu.yaml", "--main_process_port", "0"]
     done = subprocess.run(
@@ -353,7 +365,9 @@ def two_processes(tmp_path_factory, finished):
 
 def test_one_of_two_processes_shows_each_run(two_processes):
     folder, printed = two_processes
-    assert [printed.count(f"Run folder: {folder / name / 'run'}\n") for name in ("finished", "0", "1")] == [1, 1, 1]
+    assert [printed.count(f"Run folder: {folder / name / 'run'}\n") for name in ("finished", "0", "1", "resumed")] == [
+        1
+    ] * 4
 
 
 def test_two_processes_train_as_one_with_the_same_total_batch(two_processes, tmp_path):
@@ -368,6 +382,23 @@ def test_two_processes_train_as_one_with_the_same_total_batch(two_processes, tmp
         weights.append(one)
         shutil.rmtree(tmp_path / "one")
     assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in one) > 1e-2  # they did move
+
+
+def test_a_run_resumed_by_another_number_of_processes_keeps_its_steps(two_processes, tmp_path, caplog):
+    folder, printed = two_processes
+    whole, resumed = folder / "0" / "run", folder / "resumed" / "run"
+    shutil.copytree(whole, fewer := tmp_path / "fewer")
+    to_first_step(fewer)
+    words = [folder / "0" / "recipe.yaml", "--output_dir", str(fewer)]
+    with pytest.raises(UserError, match=r"total_batch_size was 4 and is 2 on 1 processes \(set it to 4 to resume\)"):
+        run(*words, "--total_batch_size", "null", "--per_device_train_batch_size", "2")
+    with caplog.at_level("INFO"):
+        run(*words)
+    told = "The number of processes changes from"
+    assert f"{told} 1 to 2" in printed and f"{told} 2 to 1" in caplog.text
+    weights = [read_weights(one / "checkpoint-4") for one in (whole, resumed, fewer)]
+    assert all(float((weights[0][name] - other[name]).abs().max()) < 1e-5 for other in weights[1:] for name in other)
+    assert all(read_metrics(one)["steps"] == 4 for one in (whole, resumed, fewer))
 
 
 @pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")

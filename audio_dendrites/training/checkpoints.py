@@ -8,9 +8,10 @@ import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 import yaml
@@ -55,9 +56,10 @@ def check_run_folder(recipe: Recipe) -> None:
         raise UserError(
             f"output_dir: {folder} cannot be written ({error.strerror}); choose another --output_dir"
         ) from error
-    holds_run = (folder / "metrics.json").exists() or last_checkpoint(folder)
-    named = recipe.training.resume_from_checkpoint
-    if holds_run and named is None and (changed := _changes(recipe, folder / "config.yaml")):
+    is_over, checkpoint = (folder / "metrics.json").exists(), last_checkpoint(folder)
+    if recipe.training.resume_from_checkpoint is not None or not (is_over or checkpoint):
+        return
+    if changed := _changes(recipe, folder / "config.yaml", None if is_over else processes_of(checkpoint)):
         raise UserError(
             f"output_dir: {folder} holds a run of another recipe: {'; '.join(changed)}. Choose another --output_dir, "
             f"delete the folder, or resume from it anyway with --resume_from_checkpoint {folder}/checkpoint-…"
@@ -128,6 +130,11 @@ def find_checkpoint(args: TrainingArguments, labels: list[str]) -> str | None:
         if folder is None:
             return None
         logger.info("Checkpoint found, resuming from %s.", folder)
+        if (before := processes_of(folder)) != args.world_size:
+            logger.info(
+                "The number of processes changes from %d to %d. Dropout gets other random numbers.",
+                before, args.world_size,
+            )  # fmt: skip
         return str(folder)
     folder = Path(name)
     if _is_on_hub(name):
@@ -163,8 +170,19 @@ def whole_checkpoints(output_dir: Path) -> Iterator[Path]:
             yield folder
 
 
-def _changes(recipe: Recipe, saved: Path) -> list[str]:
-    """How the recipe differs from the saved one in the fields that change a result."""
+def processes_of(checkpoint: Path) -> int:
+    """The number of processes that wrote a checkpoint. If there were several, each has its own random states."""
+    return len(list(checkpoint.glob("rng_state_*.pth"))) or 1
+
+
+def _changes(recipe: Recipe, saved: Path, processes: int | None) -> list[str]:
+    """How the recipe differs from the saved one in the fields that change a result.
+
+    Args:
+        recipe: The recipe.
+        saved: The config.yaml of the run folder.
+        processes: The number of processes that trained so far, or None if the run is over.
+    """
     if not saved.exists():
         return [f"its recipe is unknown, because {saved} is missing"]
     defaults = parse_recipe([]).to_dict()  # for fields that one of them lacks, such as a recipe of an older version
@@ -176,12 +194,29 @@ def _changes(recipe: Recipe, saved: Path) -> list[str]:
     for fields in (then, now):
         if fields["cache"] == "none":
             fields["cache"] = "features"  # the same training
-    return [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted((then.keys() | now.keys()) - CHANGE_NO_RESULT)
+    same = CHANGE_NO_RESULT
+    if recipe.training.total_batch_size is not None:  # each process takes its share
+        same = same | {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    if processes is not None:
+        then["total_batch_size"] = _clips_of_a_step(then, processes)
+        now["total_batch_size"] = _clips_of_a_step(now, recipe.training.world_size)
+    changed = [
+        key
+        for key in sorted((then.keys() | now.keys()) - same)
         # The saved recipe has a number where the recipe has `auto`.
         if then.get(key) != now.get(key) and (now.get(key), type(then.get(key))) != ("auto", float)
     ]
+    found = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed]
+    if changed == ["total_batch_size"] and recipe.training.total_batch_size is None:
+        found[0] += f" on {recipe.training.world_size} processes (set it to {then['total_batch_size']} to resume)"
+    return found
+
+
+def _clips_of_a_step(fields: Mapping[str, Any], processes: int) -> int:
+    """The clips of an optimizer step over all processes, from the fields of a recipe."""
+    size = fields.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+    steps = fields.get("gradient_accumulation_steps", TrainingArguments.gradient_accumulation_steps)
+    return fields.get("total_batch_size") or size * steps * processes
 
 
 def _fault(folder: Path) -> str | None:
