@@ -36,7 +36,7 @@ from audio_dendrites.training.data import RunData, load_data
 from audio_dendrites.training.finish import finish
 from audio_dendrites.training.losses import balanced_class_weights
 from audio_dendrites.training.preflight import is_over, preflight
-from audio_dendrites.training.process import locked, one_process_first, prepare_process
+from audio_dendrites.training.process import connected, locked, one_process_first, prepare_process
 from audio_dendrites.training.trainer import AudioTrainer
 from data_collator import (
     AugmentedClips,
@@ -94,7 +94,7 @@ def train_unless_locked(run: Recipe, data: RunData | None) -> None:
         data: The data of the run, or None if it was finished when this command started.
     """
     folder = Path(run.training.output_dir)
-    with locked(run.training) as free:
+    with locked(run.training) as free, connected(run.training):
         found = "finished" if data is None or is_over(run.training) else "to train" if free else "locked"
         found = broadcast_object_list([found])[0]
         if found == "to train":

@@ -15,15 +15,18 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
+from torch import distributed
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
@@ -550,6 +553,7 @@ class RunArguments(TrainingArguments):
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
         # TrainingArguments refuses bf16 without a GPU unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self._connect_after_restart()
         try:
             super().__post_init__()
         except (ImportError, OSError, TypeError, ValueError) as error:
@@ -559,6 +563,23 @@ class RunArguments(TrainingArguments):
             self.hub_model_id = default_hub_model_id(self.output_dir)
         if self.total_batch_size is not None:
             self._divide_total_batch()
+
+    def _connect_after_restart(self) -> None:
+        """Connect the processes that torchrun has restarted, before transformers does.
+
+        The store of torchrun still has the addresses of the processes that have ended
+        (github.com/pytorch/pytorch/issues/135712). A prefix for each attempt hides them. On several machines, the
+        attempts have no common number; see docs/clusters.md.
+        """
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        if attempt == "0" or not (shares_store and on_one_machine) or distributed.is_initialized():
+            return
+        timeout = timedelta(seconds=self.ddp_timeout)
+        store, rank, world_size = next(distributed.rendezvous("env://", timeout=timeout))
+        store = distributed.PrefixStore(f"attempt {attempt}", store)
+        distributed.init_process_group(self.ddp_backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
     def _check_metric(self) -> None:
         if self.metric_for_best_model is None:

@@ -7,6 +7,7 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -377,7 +378,13 @@ def test_two_processes_train_as_one_with_the_same_total_batch(two_processes, tmp
         one, two = map(read_weights, (tmp_path / "one", folder / str(number) / "run"))
         assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
         metrics = read_metrics(folder / str(number) / "run")
-        assert metrics["processes"] == 2 and metrics["test"]["clips"] == 8
+        assert metrics["processes"] == 2
+        tables = [
+            pandas.read_parquet(path / "predictions.parquet")
+            for path in (tmp_path / "one", folder / str(number) / "run")
+        ]
+        assert tables[0]["clip"].equals(tables[1]["clip"])
+        assert np.allclose(*(np.stack(table["logits"]) for table in tables), atol=1e-5)
         assert 0 <= metrics["throughput"]["data_wait"] < 1 and 0 < metrics["throughput"]["communication_wait"] < 1
         weights.append(one)
         shutil.rmtree(tmp_path / "one")
@@ -399,6 +406,58 @@ def test_a_run_resumed_by_another_number_of_processes_keeps_its_steps(two_proces
     weights = [read_weights(one / "checkpoint-4") for one in (whole, resumed, fewer)]
     assert all(float((weights[0][name] - other[name]).abs().max()) < 1e-5 for other in weights[1:] for name in other)
     assert all(read_metrics(one)["steps"] == 4 for one in (whole, resumed, fewer))
+
+
+KILLED = """
+import os, signal, sys, train
+from transformers import TrainerCallback
+
+class Killer(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if args.process_index == 1 and state.global_step == int(sys.argv[1]) and first:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+make_trainer = train.make_trainer
+def with_killer(data, model):
+    trainer = make_trainer(data, model)
+    trainer.add_callback(Killer)
+    return trainer
+
+train.make_trainer = with_killer
+train.run_program(lambda words: train.main(train.parse_recipe(words[1:])))
+"""
+
+
+def test_if_a_process_is_killed_the_other_ends_and_torchrun_restarts_and_resumes(two_processes, tmp_path):
+    (program := tmp_path / "program.py").write_text(KILLED)
+    recipe = [two_processes[0] / "0" / "recipe.yaml", "--output_dir", tmp_path / "run"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "TORCHELASTIC_RESTART_COUNT": 0}
+    processes = []
+    for rank in range(2):  # without torchrun, which ends the others on its machine
+        variables = shared | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": ROOT}
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        command = [sys.executable, program, "2", *recipe]
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+    assert processes[1].wait(90) == -signal.SIGKILL
+    processes[1].stderr.close()
+    _, told = processes[0].communicate(timeout=20)
+    assert processes[0].returncode == 1
+    assert "error: process 0 has lost the connection to another process" in told and "Traceback" not in told
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {".lock", "checkpoint-1", "config.yaml", "tensorboard"}
+
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [sys.executable, *several, program, "3", *recipe], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(f"resuming from {tmp_path / 'run' / f'checkpoint-{step}'}" in done.stderr for step in (1, 2))
+    assert_same_weights(two_processes[0] / "0" / "run", tmp_path / "run")
 
 
 @pytest.mark.skipif(find_spec("perforatedai") is None, reason="perforatedai has no wheel for this Python")

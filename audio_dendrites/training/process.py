@@ -97,6 +97,24 @@ def locked(args: TrainingArguments) -> Iterator[bool]:
 
 
 @contextmanager
+def connected(args: TrainingArguments) -> Iterator[None]:
+    """Show in one line that the connection to another process is lost in a `with` block, such as when it was killed.
+
+    Raises:
+        UserError: The connection is lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise UserError(
+            f"process {args.process_index} has lost the connection to another process, whose own message says why. The "
+            "same command resumes from the last checkpoint"
+        ) from error
+
+
+@contextmanager
 def without_tf32() -> Iterator[None]:
     """Multiply float32 numbers in full precision.
 
