@@ -1,11 +1,14 @@
 """The steps of the Dockerfile without a container engine; the Slurm script; the accelerate configurations."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,6 +126,39 @@ def test_the_container_trains_a_recipe_to_its_end_without_git(image, tmp_path):
     assert "commit" not in metrics["environment"]
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert modes == {0o640}
+
+
+SLURM = {  # programs of a cluster, by name; accelerate stands for a node with a GPU
+    "srun": 'shift; SLURM_PROCID=0 exec "$@"',
+    "scontrol": '[ "$1" = show ] && echo node-1 || echo "$@" >> "$LOG"',
+    "accelerate": 'echo "$@" >> "$LOG"; while [ "$1" != train.py ]; do shift; done; exec python "$@" --use_cpu true',
+}
+
+
+def test_a_slurm_job_out_of_time_requeues_itself_and_then_resumes(recipe, finished, tmp_path):
+    (programs := tmp_path / "venv" / "bin").mkdir(parents=True)
+    for name, line in SLURM.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (programs / name).chmod(0o755)
+    (programs / "python").symlink_to(sys.executable)
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1"}
+    job |= {"SLURM_JOB_NODELIST": "node-1", "VENV": os.path.relpath(tmp_path / "venv", ROOT), "LOG": tmp_path / "log"}
+    environment = os.environ | {name: str(value) for name, value in job.items()}
+    environment["PYTHONPATH"] = sysconfig.get_path("purelib")
+    command, run = ["bash", ROOT / "slurm" / "train.sbatch", recipe()], tmp_path / "run"
+
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (run / "checkpoint-4" / "trainer_state.json").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 0 and not (run / "metrics.json").exists()
+    launched, requeued = (tmp_path / "log").read_text().splitlines()
+    assert "--num_machines 1 --num_processes 1 --main_process_ip node-1 --main_process_port 20007" in launched
+    assert launched.startswith("launch --machine_rank 0 ") and requeued == "requeue 7"
+
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Checkpoint found, resuming from" in done.stderr
+    assert (run / "model.safetensors").read_bytes() == (finished / "run" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
