@@ -19,7 +19,8 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from conftest import ROOT, TINY_AST, TONES, Examples, SmallCNN, build
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from transformers import (
     AutoModelForAudioClassification,
     AutoModelForSequenceClassification,
@@ -30,7 +31,7 @@ from transformers import (
 
 import pai_callback
 import train
-from audio_dendrites.models.dendritic import perforated_layers, structure_of
+from audio_dendrites.models.dendritic import growth_fault, perforated_layers, structure_of
 from audio_dendrites.recipes import parse_recipe, read_yaml
 from audio_dendrites.results.dendrites import measure_use, use_sentence
 from pai_callback import (
@@ -846,6 +847,16 @@ def test_what_cannot_work_is_refused_before_the_training(settings, change, messa
         change(trainer)
     with pytest.raises(PAIError, match=message):
         trainer.train()
+
+
+def test_an_optimizer_whose_state_is_sharded_cannot_follow_growth():
+    """accelerate refuses it before, because it reads the state of each optimizer."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        optimizer = ZeroRedundancyOptimizer(build().parameters(), torch.optim.AdamW, lr=0.1)
+        assert growth_fault(optimizer) == "they stay as they are"
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_plain_trainer_says_that_it_cannot_resume_dendrites(tmp_path):
