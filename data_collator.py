@@ -14,13 +14,13 @@ Needs NumPy, SciPy, torch and transformers.
 """
 
 import inspect
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.sparse import issparse, sparray
 from scipy.special import betaincinv
 from torch import nn
 from torch.utils.data import Dataset, Sampler
@@ -78,13 +78,14 @@ class BalancedSampler(Sampler):
 
     Args:
         clips: The training clips.
-        labels: Class numbers (clips,) or 0 and 1, (clips, classes).
+        labels: Class numbers (clips,) or 0 and 1, (clips, classes). The matrix may be sparse.
     """
 
-    def __init__(self, clips: AugmentedClips, labels: np.ndarray):
-        labels = np.asarray(labels)
-        present = labels if labels.ndim == 2 else np.eye(1 + labels.max())[labels]
-        weights = present @ (1000 / (present.sum(0) + 0.01))
+    def __init__(self, clips: AugmentedClips, labels: np.ndarray | sparray):
+        labels = labels if issparse(labels) else np.asarray(labels)
+        counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels)
+        rarity = 1000 / (counts + 0.01)
+        weights = labels @ rarity if labels.ndim == 2 else rarity[labels]
         self.clips, self.probabilities = clips, weights / weights.sum()
 
     def __len__(self) -> int:
@@ -92,10 +93,14 @@ class BalancedSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         random = np.random.default_rng((self.clips.seed, int(self.clips.epoch)))
-        seen = Counter()
-        for row in random.choice(len(self), len(self), p=self.probabilities).tolist():
-            yield row, seen[row]
-            seen[row] += 1
+        rows = random.choice(len(self), len(self), p=self.probabilities)
+        order = rows.argsort(kind="stable")
+        starts = np.searchsorted(rows, rows[order], sorter=order)  # where the draws of the same row begin in the order
+        earlier = np.empty_like(rows)
+        earlier[order] = np.arange(len(rows)) - starts
+        for start in range(0, len(rows), 10_000):  # few draws at a time are Python objects
+            block = slice(start, start + 10_000)
+            yield from zip(rows[block].tolist(), earlier[block].tolist(), strict=True)
 
 
 class SetEpoch(TrainerCallback):

@@ -1,8 +1,11 @@
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from conftest import ROOT, TONES, leave_macos_files, recording, tone, write_archives
@@ -13,9 +16,11 @@ from transformers import ASTFeatureExtractor
 from audio_dendrites.data.__main__ import main
 from audio_dendrites.data.audio import load_waveform
 from audio_dendrites.data.clips import load_clips
-from audio_dendrites.data.splits import class_names, drawn_splits, drop_bad_clips, split_by_fold
+from audio_dendrites.data.splits import class_names, drawn_splits, drop_bad_clips, encode_labels, split_by_fold
+from audio_dendrites.data.windows import ClipWindows
 from audio_dendrites.errors import UserError
 from audio_dendrites.recipes import DataArguments, parse_recipe
+from data_collator import AugmentedClips, BalancedSampler
 
 
 def arguments(dataset, **changes):
@@ -118,7 +123,7 @@ def test_an_unreachable_hub_names_the_ways_out(monkeypatch, mode):
 
 def test_bad_clips_are_all_named_or_skipped_and_listed(caplog):
     splits = {"train": np.array([0, 1, 2]), "validation": np.array([3]), "test": np.array([4, 5])}
-    errors = ["", "b.wav: silent", "", "", "", "f.wav: empty"]
+    errors = Series(["", "b.wav: silent", "", "", "", "f.wav: empty"])
     with pytest.raises(UserError, match="(?s)2 clips cannot be used .*--on_bad_clip skip.*b.wav: silent.*f.wav: empty"):
         drop_bad_clips(splits, errors, "error")
     with caplog.at_level(logging.WARNING):
@@ -127,7 +132,7 @@ def test_bad_clips_are_all_named_or_skipped_and_listed(caplog):
     assert bad == {"train": ["b.wav: silent"], "test": ["f.wav: empty"]}
     assert "2 clips cannot be used and are left out:\n  b.wav: silent\n  f.wav: empty" in caplog.text
     with pytest.raises(UserError, match="none of the 1 validation clips can be used; the first: d.wav: silent"):
-        drop_bad_clips(splits, ["", "", "", "d.wav: silent", "", ""], "skip")
+        drop_bad_clips(splits, Series(["", "", "", "d.wav: silent", "", ""]), "skip")
 
 
 def test_features_do_not_depend_on_how_clips_are_labelled(tones):
@@ -421,3 +426,25 @@ def test_a_clip_in_two_rows_is_an_error_that_names_it(table, row, fields, messag
 def test_a_clip_in_two_rows_may_have_one_of_them_dropped(table):
     twice = {"filename": "1.wav", "category": "unsure", "fold": 3}
     assert len(load_clips(table(twice, drop_labels=["unsure"]))[1]) == 6
+
+
+@pytest.mark.parametrize("classes", [[], ["dog", "rain"]])
+def test_a_clip_is_no_python_object(tmp_path, classes):
+    count = 20_000
+    names = pa.array([f"clip-{row}" for row in range(count)])
+    audio = pa.StructArray.from_arrays([pa.repeat(pa.scalar(b"RIFF"), count), names], ["bytes", "path"])
+    labels = pa.array([classes or ("dog", "rain")[row % 2] for row in range(count)])
+    folds = pa.array([1 + row % 3 for row in range(count)])
+    table = pa.table({"audio": audio, "name": names, "kind": labels, "fold": folds, "recording": names})
+    pq.write_table(table, tmp_path / "clips.parquet")
+    data = arguments(tmp_path / "clips.parquet")
+    load_clips(data)
+    before = sys.getallocatedblocks()
+    clips, index = load_clips(data)
+    splits, _ = drop_bad_clips(split_by_fold(index, data), Series("", index.index, dtype="str"), "error")
+    targets = encode_labels(index["label"], class_names(index, splits, data), sparse=True)
+    cut = ClipWindows(clips, np.full(count, 130), {"max_length": 100}, 0.5, "mean")
+    sampler = BalancedSampler(AugmentedClips(clips), targets)
+    assert sys.getallocatedblocks() - before < count / 10
+    assert index.memory_usage(deep=True).sum() < 120 * count
+    assert len(cut) == 2 * count == 2 * len(sampler)

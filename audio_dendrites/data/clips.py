@@ -2,16 +2,17 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Audio, ClassLabel, Dataset, Features, List, Value, concatenate_datasets, load_dataset
+from datasets import Audio, ClassLabel, Dataset, Features, LargeList, List, Value, concatenate_datasets, load_dataset
 from datasets.data_files import EmptyDatasetError
 from datasets.fingerprint import Hasher
 from huggingface_hub import snapshot_download
@@ -19,9 +20,18 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from huggingface_hub.utils import httpx
 from pandas import DataFrame, Series
+from pandas.arrays import ArrowExtensionArray
 
 from audio_dendrites.data.audio import SUFFIXES
-from audio_dendrites.data.splits import drawn_splits, folder_of, listed_splits, without_labels
+from audio_dendrites.data.splits import (
+    drawn_splits,
+    flat_labels,
+    folder_of,
+    is_multi_label,
+    listed_splits,
+    lists_of,
+    without_labels,
+)
 from audio_dendrites.data.synthetic import load_synthetic
 from audio_dendrites.errors import UserError
 from audio_dendrites.recipes import DataArguments
@@ -44,6 +54,7 @@ def load_clips(arguments: DataArguments, more: Sequence[str] = ()) -> tuple[Data
         The sound, not decoded, in `audio_column` (and the names in `clip_column`, if there is one); and an index with
         the same rows. The columns of the index are text: `clip`, `fold`, `label` (a class name, or a list of them if
         the data set has lists) and `group` (the source recording, or the clip itself if no column names a recording).
+        They are Arrow arrays. A clip is not a Python object anywhere.
 
     Raises:
         UserError: The data set is unknown or unreachable, lacks a column or a file, or has a clip in two rows.
@@ -58,7 +69,7 @@ def load_clips(arguments: DataArguments, more: Sequence[str] = ()) -> tuple[Data
             raise _no_column(field, column, clips, arguments)
     index = DataFrame({"label": _labels(clips, arguments)})
     clips, paths = _with_sound(clips, arguments)
-    index["clip"] = _texts(clips, arguments.clip_column) if arguments.clip_column else paths
+    index["clip"] = _texts(clips, arguments.clip_column) if arguments.clip_column else paths.to_pandas()
     index["group"] = _texts(clips, arguments.group_column) if arguments.group_column else index["clip"]
     for column in (name for name in more if name in clips.column_names):
         index[column] = _texts(clips, column)
@@ -83,7 +94,7 @@ def is_local(name: str | None) -> bool:
     return name not in (None, "synthetic") and Path(name).expanduser().exists()
 
 
-def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
+def _load(arguments: DataArguments) -> tuple[Dataset, Series]:
     """All clips of the splits that the recipe uses, and the name of the split of each clip."""
     name, revision, kind = arguments.dataset, arguments.dataset_revision, kind_of(arguments.dataset)
     splits = [arguments.dataset_split]
@@ -97,7 +108,7 @@ def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
     if kind == "synthetic":
         workers = arguments.preprocessing_num_workers
         clips = load_synthetic(clips_per_class=arguments.synthetic_clips // 10, num_proc=workers)
-        return clips, ["train"] * len(clips)
+        return clips, _repeated(["train"], [len(clips)])
     cache = datasets.config.HF_DATASETS_CACHE
     way_out = (
         f"{name!r} is not in the cache {cache}. Run `python -m audio_dendrites.data download RECIPE` where there is a "
@@ -132,7 +143,12 @@ def _load(arguments: DataArguments) -> tuple[Dataset, list[str]]:
                 f"dataset_revision must be in the cache {cache} if the Hub is not reachable, got {revision}; the cache "
                 f"has {', '.join(found)} of {name!r}"
             )
-    return clips, [split for split, part in zip(splits, loaded, strict=True) for _ in range(len(part))]
+    return clips, _repeated(splits, [len(part) for part in loaded])
+
+
+def _repeated(texts: Sequence[str], counts: Sequence[int]) -> Series:
+    """Each text as often as its count says."""
+    return pa.chunked_array(map(pa.repeat, texts, counts), pa.string()).to_pandas()
 
 
 def place_of(arguments: DataArguments) -> tuple[str, dict[str, Any]]:
@@ -232,9 +248,9 @@ def _with_paths(clips: Dataset, template: str, arguments: DataArguments) -> Data
         raise _no_column("audio_path", missing[0], clips, arguments)
     if not columns:
         raise UserError(wrong)
-    rows = zip(*(_values(clips, column, "audio_path") for column in columns), strict=True)
+    rows = pa.table({column: _values(clips, column, "audio_path") for column in sorted(columns)})
     try:
-        paths = [template.format(**dict(zip(columns, row, strict=True))) for row in rows]
+        paths = _map_texts(lambda row: template.format(**row), rows)
     except ValueError as error:
         raise UserError(f"{wrong}: {error}") from error
     others = [column for column in clips.column_names if column != arguments.audio_column]
@@ -247,7 +263,7 @@ def _no_column(field: str, column: str, clips: Dataset, arguments: DataArguments
     return UserError(f"{field}: {arguments.dataset} has no column {column!r}; it has {present}{hint}")
 
 
-def _with_sound(clips: Dataset, arguments: DataArguments) -> tuple[Dataset, list[str]]:
+def _with_sound(clips: Dataset, arguments: DataArguments) -> tuple[Dataset, pa.ChunkedArray]:
     """Clips that have their sound in `audio_column`, even if the column held paths, and a name for each clip.
 
     The name is the path of the clip if all paths differ, and the number of its row otherwise.
@@ -255,17 +271,20 @@ def _with_sound(clips: Dataset, arguments: DataArguments) -> tuple[Dataset, list
     column, folder = arguments.audio_column, folder_of(arguments).resolve()
     kind = clips.features[column]
     if isinstance(kind, Audio | dict):
-        paths = [path for chunk in clips.data.column(column).chunks for path in chunk.field("path").to_pylist()]
+        chunks = clips.data.column(column).chunks
+        paths = pa.chunked_array([chunk.field("path").cast(pa.string()) for chunk in chunks], pa.string())
     elif kind in (Value("string"), Value("large_string")):
         if kind_of(arguments.dataset) == "hub":
             raise UserError(f"audio_column must be an Audio column of {arguments.dataset}, got text in {column!r}")
-        files = [str(folder / path) for path in _values(clips, column, "audio_column")]
-        states = [_state(file) for file in files]  # if a file changes, its features are computed again
-        if None in states and arguments.on_bad_clip == "error":
-            row = states.index(None)
+        files = _map_texts(lambda path: str(folder / path), _values(clips, column, "audio_column"))
+        # If a file changes, its features are computed again.
+        states = np.fromiter((_state(file.as_py()) for file in files), np.dtype((np.int64, 2)), len(files))
+        missing = states[:, 0] == _NO_FILE[0]
+        if missing.any() and arguments.on_bad_clip == "error":
+            row = missing.argmax()
             clip = f" (clip {_texts(clips, arguments.clip_column)[row]})" if arguments.clip_column else ""
             raise UserError(
-                f"dataset: {states.count(None)} of the {len(files)} files of {arguments.dataset} do not exist; the "
+                f"dataset: {missing.sum()} of the {len(files)} files of {arguments.dataset} do not exist; the "
                 f"first is {files[row]}{clip}. --on_bad_clip skip leaves such clips out"
             )
         clips = clips.with_format("arrow").map(
@@ -273,15 +292,17 @@ def _with_sound(clips: Dataset, arguments: DataArguments) -> tuple[Dataset, list
             features=Features({**clips.features, column: Audio(decode=False)}),
             new_fingerprint=Hasher.hash([clips._fingerprint, files, states]), desc="Paths",
         ).with_format(None)  # fmt: skip
-        paths = [
-            Path(file).relative_to(folder).as_posix() if Path(file).is_relative_to(folder) else file for file in files
-        ]
+        paths = _map_texts(
+            lambda file: Path(file).relative_to(folder).as_posix() if Path(file).is_relative_to(folder) else file, files
+        )
     elif kind == Value("binary"):
-        paths = [None] * len(clips)
+        paths = pa.chunked_array([pa.nulls(len(clips), pa.string())])
     else:
         raise UserError(f"audio_column must hold Audio or paths, got {kind} in {column!r} of {arguments.dataset}")
-    unique = None not in paths and len(set(paths)) == len(paths)
-    return clips, paths if unique else [f"{row:06d}" for row in range(len(paths))]
+    if pc.count_distinct(paths).as_py() < len(paths):  # it does not count missing paths
+        rows = pa.array(np.arange(len(paths))).cast(pa.string())
+        paths = pa.chunked_array([pc.utf8_lpad(rows, 6, "0")])
+    return clips, paths
 
 
 def _check_unique(clips: Dataset, index: DataFrame, arguments: DataArguments) -> None:
@@ -294,14 +315,16 @@ def _check_unique(clips: Dataset, index: DataFrame, arguments: DataArguments) ->
     Raises:
         UserError: A file or a name is in two rows.
     """
-    files = [None] * len(clips)
+    columns = {"clip_column": index["clip"]}
     if isinstance(clips.features[arguments.audio_column], Audio | dict):
         chunks = clips.data.column(arguments.audio_column).chunks
         on_disk = [pc.if_else(chunk.field("bytes").is_null(), chunk.field("path"), None) for chunk in chunks]
-        files = [path for chunk in on_disk for path in chunk.to_pylist()]
-    for field, names in (("audio_column", Series(files)[index.index]), ("clip_column", index["clip"])):
-        twice = names[names.duplicated(keep=False) & names.notna()]
-        if len(twice):
+        files = pa.chunked_array([chunk.cast(pa.string()) for chunk in on_disk], pa.string()).to_pandas()
+        columns = {"audio_column": files[index.index]} | columns
+    for field, names in columns.items():
+        names = names.dropna()
+        if not names.is_unique:
+            twice = names[names.duplicated(keep=False)]
             rows = twice.index[twice == twice.iloc[0]]
             labels = sorted({str(label) for label in index["label"][rows]})
             raise UserError(
@@ -311,9 +334,12 @@ def _check_unique(clips: Dataset, index: DataFrame, arguments: DataArguments) ->
             )
 
 
-def _state(file: str) -> tuple[int, int] | None:
-    """The time of the last change of a file, and its size; None if there is no such file."""
-    return (os.stat(file).st_mtime_ns, os.stat(file).st_size) if os.path.isfile(file) else None
+_NO_FILE = (-1, -1)
+
+
+def _state(file: str) -> tuple[int, int]:
+    """The time of the last change of a file, and its size; _NO_FILE if there is no such file."""
+    return (os.stat(file).st_mtime_ns, os.stat(file).st_size) if os.path.isfile(file) else _NO_FILE
 
 
 def _as_audio(table: pa.Table, column: str, folder: str) -> pa.Table:
@@ -364,19 +390,21 @@ def hub_errors(field: str, name: str, revision: str | None, way_out: str) -> Ite
         raise UserError(f"{field}: the Hub {state}, and {way_out}") from error
 
 
-def _labels(clips: Dataset, arguments: DataArguments) -> list[str] | list[list[str]]:
+def _labels(clips: Dataset, arguments: DataArguments) -> Series:
     """The class name of each clip, or a list of them."""
     column, separator = arguments.label_column, arguments.label_separator
-    _values(clips, column, "label_column")
-    labels = _texts(clips, column)
+    labels = _texts(clips, column, "label_column")
     if separator is None:
         return labels
-    if isinstance(labels[0], list):
+    if is_multi_label(labels):
         raise UserError(f"label_separator must be left out if {column!r} already holds lists, got {separator!r}")
-    return [[name.strip() for name in text.split(separator) if name.strip()] for text in labels]
+    rows, names = flat_labels(Series(ArrowExtensionArray(pc.split_pattern(pa.array(labels), separator))))
+    names = pc.utf8_trim_whitespace(names)
+    kept = pc.not_equal(names, "")
+    return lists_of(names.filter(kept), rows[kept.to_numpy(zero_copy_only=False)], len(labels))
 
 
-def _values(clips: Dataset, column: str, field: str | None = None) -> list[Any]:
+def _values(clips: Dataset, column: str, field: str | None = None) -> pa.ChunkedArray:
     """The values of a column. Class numbers become names if the data set has them.
 
     Args:
@@ -387,19 +415,42 @@ def _values(clips: Dataset, column: str, field: str | None = None) -> list[Any]:
     Raises:
         UserError: A row has no value.
     """
-    feature, values = clips.features[column], clips.with_format("arrow")[:][column].to_pylist()
-    missing = [row for row, value in enumerate(values) if value is None or value != value]
-    if field and missing:
+    values = _named(clips.select_columns(column).with_format("arrow")[:][column], clips.features[column])
+    missing = np.flatnonzero(pc.is_null(values, nan_is_null=True))
+    if field and len(missing):
         raise UserError(
             f"{field}: {column!r} must have a value in each row, got {len(missing)} rows without one, the first is row "
             f"{missing[0]}"
         )
-    if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
-        return [[feature.feature.names[value] for value in row] for row in values]
-    return [feature.names[value] for value in values] if isinstance(feature, ClassLabel) else values
+    return values
 
 
-def _texts(clips: Dataset, column: str) -> list[Any]:
-    """The values of a column as text or lists of text."""
-    values = _values(clips, column)
-    return [[str(one) for one in value] if isinstance(value, list) else str(value) for value in values]
+def _named(values: pa.ChunkedArray, feature: Any) -> pa.ChunkedArray:
+    """The names of class numbers. Other values are returned as they are. A number of -1 is no class."""
+    if not isinstance(feature, ClassLabel):
+        return values
+    return pc.take(pa.array(feature.names, pa.string()), pc.if_else(pc.less(values, 0), None, values))
+
+
+def _texts(clips: Dataset, column: str, field: str | None = None) -> Series:
+    """The values of a column as text or lists of text; see `_values`."""
+    values, feature = _values(clips, column, field), clips.features[column]
+    if not isinstance(feature, List | LargeList):
+        return _as_text(values).to_pandas()
+    lists = values.combine_chunks()
+    names = _as_text(_named(pa.chunked_array([pc.list_flatten(lists)]), feature.feature))
+    return lists_of(names.combine_chunks(), pc.list_parent_indices(lists).to_numpy(), len(lists))
+
+
+def _as_text(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Values as `str` writes them."""
+    kind = values.type
+    if pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return values.cast(pa.large_string()).fill_null("None")
+    return _map_texts(str, values)
+
+
+def _map_texts(function: Callable[[Any], str], rows: pa.ChunkedArray | pa.Table) -> pa.ChunkedArray:
+    """The text that a function makes of each row. Few rows at a time are Python objects."""
+    blocks = (rows.slice(start, 10_000).to_pylist() for start in range(0, len(rows), 10_000))
+    return pa.chunked_array(([function(row) for row in block] for block in blocks), pa.string())

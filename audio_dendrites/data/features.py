@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Audio, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
+from scipy.sparse import csr_array, issparse
 from torch.utils.data import Dataset
 from torchaudio.compliance.kaldi import get_mel_banks
 from transformers import ASTFeatureExtractor, BatchFeature, SequenceFeatureExtractor, Wav2Vec2FeatureExtractor
@@ -608,18 +609,23 @@ def feature_lengths(cached: datasets.Dataset, stored: Stored, extractor: Inputs)
     return extractor.rows(lengths)
 
 
+def _labels_of(labels: np.ndarray | csr_array, rows: Sequence[int]) -> np.ndarray:
+    found = labels[list(rows)]
+    return found.toarray() if issparse(found) else found
+
+
 class ClipFeatures(Dataset):
     """The result of `extract_features` as examples for a model.
 
     Args:
         features: Rows with `input_values`.
-        labels: The class number of each row, or 0 or 1 for each class.
+        labels: The class number of each row, or 0 or 1 for each class. The matrix may be sparse.
         num_mel_bins: Width of a frame. None for waveforms.
     """
 
-    def __init__(self, features: datasets.Dataset, labels: Sequence[int], num_mel_bins: int | None):
+    def __init__(self, features: datasets.Dataset, labels: Sequence[int] | csr_array, num_mel_bins: int | None):
         self._values = features.select_columns("input_values").with_format("arrow")
-        self._labels = np.asarray(labels)
+        self._labels = labels if issparse(labels) else np.asarray(labels)
         self._shape = (-1,) if num_mel_bins is None else (-1, num_mel_bins)
 
     def __len__(self) -> int:
@@ -631,14 +637,14 @@ class ClipFeatures(Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The examples of a batch, read from the disk at once. The data loader of torch calls this."""
-        clips = self._values[list(rows)]["input_values"]
+        clips, labels = self._values[list(rows)]["input_values"], _labels_of(self._labels, rows)
         return [
             {
                 # A copy, because the mapped file is read-only.
                 "input_values": torch.from_numpy(clip.values.to_numpy().reshape(self._shape).copy()),
-                "labels": self._labels[row],
+                "labels": label,
             }
-            for row, clip in zip(rows, clips, strict=True)
+            for clip, label in zip(clips, labels, strict=True)
         ]
 
 
@@ -647,7 +653,7 @@ class ClipWaveforms(Dataset):
 
     Args:
         clips: Rows with an audio column (bytes or paths).
-        labels: The class number of each row, or 0 or 1 for each class.
+        labels: The class number of each row, or 0 or 1 for each class. The matrix may be sparse.
         sampling_rate: In Hz.
         audio_column: The column with the sound.
         channel: As in `load_waveform`.
@@ -656,13 +662,13 @@ class ClipWaveforms(Dataset):
     def __init__(
         self,
         clips: datasets.Dataset,
-        labels: Sequence[int],
+        labels: Sequence[int] | csr_array,
         sampling_rate: int,
         audio_column: str = "audio",
         channel: str = "mean",
     ):
         sound = clips.select_columns(audio_column).cast_column(audio_column, Audio(decode=False))
-        self._sound, self._labels = sound.with_format("arrow"), np.asarray(labels)
+        self._sound, self._labels = sound.with_format("arrow"), labels if issparse(labels) else np.asarray(labels)
         self._load = partial(load_waveform, sampling_rate=sampling_rate, channel=channel)
 
     def __len__(self) -> int:
@@ -670,10 +676,10 @@ class ClipWaveforms(Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The examples of a batch: `input_values`, float32 (samples,), and `labels`."""
-        cells = self._sound[list(rows)].column(0)
+        cells, labels = self._sound[list(rows)].column(0), _labels_of(self._labels, rows)
         return [
-            {"input_values": torch.from_numpy(self._load(cell.as_py())), "labels": self._labels[row]}
-            for row, cell in zip(rows, cells, strict=True)
+            {"input_values": torch.from_numpy(self._load(cell.as_py())), "labels": label}
+            for cell, label in zip(cells, labels, strict=True)
         ]
 
 

@@ -9,9 +9,13 @@ from math import lcm
 from pathlib import Path
 
 import numpy as np
+import pandas
+import pyarrow as pa
+import pyarrow.compute as pc
 from pandas import DataFrame, Series
+from pandas.arrays import ArrowExtensionArray, ArrowStringArray
+from scipy.sparse import csr_array
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.preprocessing import MultiLabelBinarizer
 
 from audio_dendrites.errors import UserError
 from audio_dendrites.recipes import SPLITS, DataArguments
@@ -52,7 +56,8 @@ def split_by_fold(index: DataFrame, arguments: DataArguments, chooses: bool = Tr
             ", ".join(both),
         )
     by_name = index["clip"].argsort(kind="stable").to_numpy()
-    splits = {split: by_name[index["fold"].iloc[by_name].isin(folds)] for split, folds in asked.items()}
+    inside = {split: index["fold"].isin(folds).to_numpy() for split, folds in asked.items()}
+    splits = {split: by_name[chosen[by_name]] for split, chosen in inside.items()}
     return splits | {"train": _check_leaks(index["group"], splits, arguments)}
 
 
@@ -64,7 +69,7 @@ def class_names(index: DataFrame, splits: dict[str, np.ndarray], arguments: Data
     Raises:
         UserError: A clip has a label that is not one of these classes, or there are fewer than two classes.
     """
-    found = {split: set(index["label"].iloc[rows].explode().dropna()) for split, rows in splits.items()}
+    found = {split: _class_set(index["label"].iloc[rows]) for split, rows in splits.items()}
     labels = arguments.labels or sorted(found["train"])
     for split, names in found.items():
         if strangers := sorted(names - set(labels)):
@@ -85,23 +90,54 @@ def is_multi_label(names: Series) -> bool:
     return not isinstance(names.iloc[0], str)
 
 
-def encode_labels(names: Series, labels: Sequence[str]) -> np.ndarray:
+def flat_labels(names: Series) -> tuple[np.ndarray, pa.Array]:
+    """The class names of all clips one after another.
+
+    Args:
+        names: The class name of each clip, or a list of names.
+
+    Returns:
+        For each name the number of its clip, from 0, ascending; and the names.
+    """
+    column = pa.array(names)
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if not pa.types.is_nested(column.type):
+        return np.arange(len(column)), column.cast(pa.large_string())
+    return pc.list_parent_indices(column).to_numpy(), pc.list_flatten(column).cast(pa.large_string())
+
+
+def lists_of(names: pa.Array, rows: np.ndarray, count: int) -> Series:
+    """Turn what `flat_labels` returns into a list for each of `count` clips."""
+    offsets = np.searchsorted(rows, np.arange(count + 1)).astype(np.int32)
+    return Series(ArrowExtensionArray(pa.ListArray.from_arrays(pa.array(offsets), names)))
+
+
+def _class_set(names: Series) -> set[str]:
+    return set(flat_labels(names)[1].unique().to_pylist())
+
+
+def encode_labels(names: Series, labels: Sequence[str], sparse: bool = False) -> np.ndarray | csr_array:
     """Encode class names as training targets.
 
     Args:
         names: The class name of each clip, or a list of names.
         labels: All class names in the order of the logits.
+        sparse: Whether a matrix is sparse. With 527 classes, it is a hundred times smaller.
 
     Returns:
         Class numbers (clips,), int64. For lists: (clips, classes), float32, 1 for each class of a clip and 0 elsewhere.
     """
+    rows, values = flat_labels(names)
+    numbers = pc.index_in(values, pa.array(labels, pa.large_string())).to_numpy()
     if not is_multi_label(names):
-        return names.map(list(labels).index).to_numpy()
-    return MultiLabelBinarizer(classes=list(labels)).fit_transform(names).astype(np.float32)
+        return numbers.astype(np.int64)
+    matrix = csr_array((np.ones(len(rows), np.float32), (rows, numbers)), shape=(len(names), len(labels)))
+    matrix.data[:] = 1  # also where a clip has a class twice
+    return matrix if sparse else matrix.toarray()
 
 
 def drop_bad_clips(
-    splits: dict[str, np.ndarray], errors: Sequence[str], on_bad_clip: str
+    splits: dict[str, np.ndarray], errors: Series, on_bad_clip: str
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """Leave out the clips that cannot be used, such as silent or damaged ones.
 
@@ -116,13 +152,13 @@ def drop_bad_clips(
     Raises:
         UserError: There are bad clips and `on_bad_clip` is error, or a split has no other clips.
     """
-    errors = np.asarray(errors)
-    bad = {split: [error for error in errors[rows].tolist() if error] for split, rows in splits.items()}
+    faulty = (errors != "").to_numpy()
+    bad = {split: errors.iloc[rows[faulty[rows]]].tolist() for split, rows in splits.items()}
     listed = list(chain(*bad.values()))
     told = "".join(f"\n  {error}" for error in listed[:20]) + f"\n  and {len(listed) - 20} more" * (len(listed) > 20)
     if listed and on_bad_clip == "error":
         raise UserError(f"{len(listed)} clips cannot be used (--on_bad_clip skip leaves them out):{told}")
-    good = {split: rows[errors[rows] == ""] for split, rows in splits.items()}
+    good = {split: rows[~faulty[rows]] for split, rows in splits.items()}
     if empty := [split for split, rows in good.items() if not len(rows)]:
         raise UserError(
             f"none of the {len(splits[empty[0]])} {empty[0]} clips can be used; the first: {bad[empty[0]][0]}"
@@ -132,7 +168,7 @@ def drop_bad_clips(
     return good, {split: found for split, found in bad.items() if found}
 
 
-def drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
+def drawn_splits(index: DataFrame, arguments: DataArguments) -> ArrowStringArray:
     """Draw the split of each clip at random, by source recording and stratified by class.
 
     The shares must be multiples of some 1 / k. Each split gets its share of the k folds of scikit-learn's
@@ -144,33 +180,46 @@ def drawn_splits(index: DataFrame, arguments: DataArguments) -> np.ndarray:
         raise UserError(
             f"split_shares must be multiples of one fraction such as 0.05, 1/3 or 1/4, got {arguments.split_shares}"
         )
-    if (groups := index["group"].nunique()) < parts:
+    if (count := index["group"].nunique()) < parts:
         raise UserError(
-            f"split_shares: {arguments.split_shares} need at least {parts} source recordings, got {groups}; choose "
+            f"split_shares: {arguments.split_shares} need at least {parts} source recordings, got {count}; choose "
             f"coarser shares"
         )
     rows = index.sort_values("clip", kind="stable").index.to_numpy()  # so that the order of the rows does not matter
-    labels = index["label"]
-    if is_multi_label(labels):
-        counts = labels.explode().value_counts()
-        labels = labels.map(lambda names: min(names, key=lambda name: (counts[name], name), default=""))
+    labels, groups = _rarest_class(index["label"]), index["group"].factorize(sort=True)[0]
     splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=arguments.split_seed)
     bounds = np.cumsum([int(share * parts) for share in shares])
-    splits = np.empty(len(index), dtype=object)
+    numbers = np.empty(len(index), dtype=np.int8)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class in y has only")
-        for fold, (_, held_out) in enumerate(splitter.split(rows, labels[rows], index["group"][rows])):
-            splits[rows[held_out]] = SPLITS[np.searchsorted(bounds, fold, side="right")]
-    if empty := [split for split in SPLITS if split not in splits]:
-        raise UserError(f"split_shares: {empty[0]} got no clip of {groups} source recordings; try another split_seed")
-    return splits
+        for fold, (_, held_out) in enumerate(splitter.split(rows, labels[rows], groups[rows])):
+            numbers[rows[held_out]] = np.searchsorted(bounds, fold, side="right")
+    if empty := [split for number, split in enumerate(SPLITS) if number not in numbers]:
+        raise UserError(f"split_shares: {empty[0]} got no clip of {count} source recordings; try another split_seed")
+    return _split_names(numbers)
 
 
-def listed_splits(names: Series, arguments: DataArguments) -> np.ndarray:
+def _rarest_class(names: Series) -> np.ndarray:
+    """A number for the rarest class of each clip, in the order of the names of the classes. -1: no class."""
+    rows, values = flat_labels(names)
+    classes = pc.index_in(values, values.unique().sort()).to_numpy()
+    order = np.argsort(np.bincount(classes), kind="stable")
+    rarity = np.append(order.argsort(), len(order))
+    rarest = np.full(len(names), len(order))
+    np.minimum.at(rarest, rows, rarity[classes])
+    return np.append(order, -1)[rarest]
+
+
+def _split_names(numbers: np.ndarray) -> ArrowStringArray:
+    """The names of the splits with these numbers, as text."""
+    return pandas.array(pa.array(SPLITS).take(pa.array(numbers)), dtype="str")
+
+
+def listed_splits(names: Series, arguments: DataArguments) -> ArrowStringArray:
     """The split of each clip according to `validation_list` and `test_list`."""
     folder = folder_of(arguments) if Path(arguments.dataset).expanduser().exists() else Path()
-    splits = np.full(len(names), "train", dtype=object)
-    for split in ("validation", "test"):
+    numbers = np.zeros(len(names), dtype=np.int8)
+    for number, split in enumerate(SPLITS[1:], 1):
         path = folder / getattr(arguments, f"{split}_list")
         try:
             listed = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
@@ -178,40 +227,44 @@ def listed_splits(names: Series, arguments: DataArguments) -> np.ndarray:
             raise UserError(
                 f"{split}_list must be a file with the name of a clip in each line, got {path}: {error.strerror}"
             ) from error
-        if strangers := sorted(listed - set(names)):
+        listed = Series(sorted(listed), dtype="str")
+        if strangers := listed[~listed.isin(names)].tolist():
             raise UserError(
                 f"{split}_list: {path} must name clips of {arguments.dataset}, such as {names[0]}, got "
                 f"{len(strangers)} other names, the first is {strangers[0]}"
             )
-        chosen = names.isin(listed)
-        if twice := sorted(names[chosen & (splits != "train")]):
+        chosen = names.isin(listed).to_numpy()
+        if twice := sorted(names[chosen & (numbers > 0)]):
             raise UserError(
                 f"{split}_list: {path} must not name clips of validation_list, got {len(twice)} of them, "
                 f"the first is {twice[0]}"
             )
-        splits[chosen] = split
-    return splits
+        numbers[chosen] = number
+    return _split_names(numbers)
 
 
 def without_labels(index: DataFrame, arguments: DataArguments) -> DataFrame:
     """The index without the classes in `drop_labels`."""
     dropped, labels = set(arguments.drop_labels), index["label"]
-    present = set(labels.explode().dropna())
+    rows, names = flat_labels(labels)
+    present = set(names.unique().to_pylist())
     if strangers := sorted(dropped - present):
         raise UserError(
             f"drop_labels must be classes of {arguments.dataset} ({', '.join(sorted(present))}), got "
             f"{', '.join(strangers)}"
         )
+    kept = pc.invert(pc.is_in(names, pa.array(sorted(dropped), pa.large_string())))
+    kept_rows = rows[kept.to_numpy(zero_copy_only=False)]
+    emptied = np.setdiff1d(rows, kept_rows)  # clips that had classes and have none left
     if is_multi_label(labels):
-        kept = labels.map(lambda names: [name for name in names if name not in dropped])
-        return index.assign(label=kept)[(kept.map(len) > 0) | (labels.map(len) == 0)]
-    return index[~labels.isin(dropped)]
+        index = index.assign(label=lists_of(names.filter(kept), kept_rows, len(labels)))
+    return index.drop(emptied)
 
 
 def _check_leaks(groups: Series, splits: dict[str, np.ndarray], arguments: DataArguments) -> np.ndarray:
-    held_out = set(groups.iloc[splits["validation"]]) | set(groups.iloc[splits["test"]])
+    held_out = groups.iloc[np.concatenate([splits["validation"], splits["test"]])].unique()
     train = splits["train"]
-    leaks = groups.iloc[train].isin(held_out).to_numpy()
+    leaks = groups.isin(held_out).to_numpy()[train]
     if not leaks.any():
         return train
     logger.warning(

@@ -11,27 +11,33 @@ from transformers import ASTFeatureExtractor, FeatureExtractionMixin, PreTrained
 from audio_dendrites.data.audio import window_samples
 
 
-def windows(length: int, max_length: int, overlap: float, window_length: int = 1, hop_length: int = 1) -> list[slice]:
-    """Cut a clip into windows.
+def windows(
+    lengths: np.ndarray, max_length: int, overlap: float, window_length: int = 1, hop_length: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut clips into windows.
+
+    A clip of at most `max_length` frames is one window. A longer one has windows of `max_length` frames, of which the
+    last one ends where the clip ends.
 
     Args:
-        length: Length of the clip in samples, or in frames if `window_length` and `hop_length` are 1.
+        lengths: Length of each clip in samples, or in frames if `window_length` and `hop_length` are 1, (clips,).
         max_length: Number of frames that the model sees.
         overlap: Share of a window that the next window repeats, in [0, 1).
         window_length: Samples of a frame. 0 means that frames are centred on every hop.
         hop_length: Samples from one frame to the next.
 
     Returns:
-        The whole clip if it has at most `max_length` frames. Otherwise windows of `max_length` frames, of which the
-        last one ends where the clip ends.
+        For each window the number of its clip, its start and its end, (windows,) each, int64, clip by clip.
     """
-    frames = 1 + (length - window_length) // hop_length
-    if frames <= max_length:
-        return [slice(0, length)]
+    lengths = np.asarray(lengths, dtype=np.int64)
+    spare = 1 + (lengths - window_length) // hop_length - max_length  # frames after the first window
     step = max(1, round(max_length * (1 - overlap)))
+    counts = 1 + np.maximum(0, -(-spare // step))
+    clips = np.repeat(np.arange(len(lengths)), counts)
+    numbers = np.arange(len(clips)) - np.repeat(counts.cumsum() - counts, counts)
+    starts = np.maximum(0, np.minimum(numbers * step, spare[clips])) * hop_length
     samples = (max_length - 1) * hop_length + window_length
-    starts = [*range(0, frames - max_length, step), frames - max_length]
-    return [slice(start * hop_length, start * hop_length + samples) for start in starts]
+    return clips, starts, np.where(spare[clips] > 0, starts + samples, lengths[clips])
 
 
 def aggregate(logits: np.ndarray, clips: np.ndarray, aggregation: str) -> np.ndarray:
@@ -65,15 +71,13 @@ class ClipWindows(Dataset):
     """
 
     def __init__(
-        self, examples: Dataset, lengths: Sequence[int], layout: dict[str, int], overlap: float, aggregation: str
+        self, examples: Dataset, lengths: np.ndarray, layout: dict[str, int], overlap: float, aggregation: str
     ):
-        cuts = [windows(length, overlap=overlap, **layout) for length in lengths]
         self.examples, self.aggregation = examples, aggregation
-        self.clips = np.repeat(np.arange(len(cuts)), [len(clip) for clip in cuts])
-        self._cuts = [cut for clip in cuts for cut in clip]
+        self.clips, self._starts, self._ends = windows(lengths, overlap=overlap, **layout)
 
     def __len__(self) -> int:
-        return len(self._cuts)
+        return len(self.clips)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """One window of a clip as an example."""
@@ -84,7 +88,7 @@ class ClipWindows(Dataset):
         clips = list(dict.fromkeys(self.clips[list(rows)].tolist()))
         fetch = getattr(self.examples, "__getitems__", lambda clips: [self.examples[clip] for clip in clips])
         read = dict(zip(clips, fetch(clips), strict=True))
-        examples = [(read[self.clips[row]], self._cuts[row]) for row in rows]
+        examples = [(read[self.clips[row]], slice(self._starts[row], self._ends[row])) for row in rows]
         return [{**example, "input_values": example["input_values"][cut]} for example, cut in examples]
 
     def by_clip(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,8 @@ def predictions_table(index: DataFrame, output: PredictionOutput, labels: Sequen
         labels: Class names in the order of the logits.
     """
     table = index[["clip", "fold", "group", "label"]].reset_index(drop=True)
+    if is_multi_label(table["label"]):
+        table["label"] = table["label"].astype(object)  # pandas cannot read the type of Arrow's lists from a file
     return with_predictions(table, output.predictions.astype(np.float32), labels)
 
 

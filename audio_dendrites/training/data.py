@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 from pandas import DataFrame
+from scipy.sparse import csr_array
 
 from audio_dendrites.data.cache import check_cost, fill_cache, stored_form
 from audio_dendrites.data.clips import load_clips
@@ -64,9 +65,9 @@ class RunData:
         settings |= {"channel": self.recipe.data.channel} | self.extractor.model_settings  # for predict.py
         return settings | ({"problem_type": "multi_label_classification"} if self.loss == "bce" else {})
 
-    def targets(self, split: str) -> np.ndarray:
-        """Class numbers (clips,) of a split. If clips have lists of labels: 0 and 1, (clips, classes)."""
-        return encode_labels(self.index["label"].iloc[self.splits[split]], self.labels)
+    def targets(self, split: str) -> np.ndarray | csr_array:
+        """Class numbers (clips,) of a split. If clips have lists of labels: 0 and 1, (clips, classes), sparse."""
+        return encode_labels(self.index["label"].iloc[self.splits[split]], self.labels, sparse=True)
 
     def clips(self, split: str, exact: bool = False) -> ClipFeatures | ComputedFeatures:
         """The clips of a split at their own length.
@@ -147,7 +148,8 @@ def _with_features(recipes: Sequence[Recipe], sound: datasets.Dataset, index: Da
             models[tuple(labels)] = match_parameters(labels, recipe.model, extractor)
         recipe = replace(recipe, model=models[tuple(labels)])
         cached = caches[str(form.cache_key)]
-        splits, skipped = drop_bad_clips(splits, cached["error"], recipe.data.on_bad_clip)
+        errors = cached.select_columns("error").to_pandas()["error"]
+        splits, skipped = drop_bad_clips(splits, errors, recipe.data.on_bad_clip)
         run = RunData(recipe, extractor, sound, index, form, cached, splits, skipped, labels, loss)
         found[recipe.training.output_dir] = run
     return found
