@@ -10,6 +10,7 @@ evaluation by the Trainer, and a comparison of two sides of three runs. Prints a
 """
 
 import argparse
+import gc
 import io
 import json
 import os
@@ -74,8 +75,13 @@ def write_clips(path: Path, count: int, multi_label: bool) -> None:
     writer.close()
 
 
-def anonymous_bytes() -> int:
-    """Resident memory of this process that is not a page of a file."""
+def anonymous_bytes(settled: bool = False) -> int:
+    """Resident memory of this process that is not a page of a file; `settled`: without what Arrow keeps for later."""
+    if settled:
+        import pyarrow as pa
+
+        gc.collect()
+        pa.default_memory_pool().release_unused()
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
@@ -83,7 +89,7 @@ def anonymous_bytes() -> int:
 @contextmanager
 def measured(found: dict[str, Any], name: str) -> Iterator[None]:
     """Add to `found` the seconds of the processor that a block takes, and the memory that it adds, in MB."""
-    before, peak, over = anonymous_bytes(), 0, threading.Event()
+    before, peak, over = anonymous_bytes(settled=True), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
@@ -97,7 +103,7 @@ def measured(found: dict[str, Any], name: str) -> Iterator[None]:
     found[f"{name}_s"] = round(time.process_time() - start, 3)
     over.set()
     thread.join()
-    after = anonymous_bytes()
+    after = anonymous_bytes(settled=True)
     found[f"{name}_peak_mb"] = round((max(peak, after) - before) / 1e6, 1)
     found[f"{name}_kept_mb"] = round((after - before) / 1e6, 1)
 

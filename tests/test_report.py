@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 import subprocess
+import tracemalloc
 
 import evaluate
 import numpy as np
@@ -39,6 +40,19 @@ def test_scores_by_hand():
     # Class 0 has its clips at ranks 1 and 3 of 3: (1 + 2/3) / 2. Class 1 has its clip at rank 2: 1/2.
     found = Scores().compute(predictions=[[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]], references=[0, 1, 0])
     assert found["mAP"] == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2) / 2)
+
+
+def test_scores_of_batches_are_those_of_all_clips_and_a_logit_is_no_python_object():
+    random = np.random.default_rng(0)
+    logits, references = random.standard_normal((2000, 100), np.float32), random.random((2000, 100)) > 0.9
+    metric = Scores("multilabel")
+    tracemalloc.start()
+    found = metric.compute(predictions=logits, references=references)
+    assert tracemalloc.get_traced_memory()[1] < 20 * logits.size  # 81 through an Arrow table
+    tracemalloc.stop()
+    for rows in (slice(5), slice(5, 1000)):
+        metric.add_batch(predictions=logits[rows], references=references[rows])
+    assert metric.compute(predictions=logits[1000:], references=references[1000:]) == found
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("cross_entropy", 1), ("bce", 3 / 4)])

@@ -195,7 +195,7 @@ def mean_average_precision(scores: np.ndarray, references: np.ndarray, recording
     """mAP, averaged over the classes that occur; see `accuracy`. The effects are of first order."""
     labels = np.flatnonzero(references.any(axis=0))
     positive = references[:, labels] > 0
-    values, influences = zip(*map(_average_precision, scores[:, labels].T, positive.T), strict=True)
+    values, influences = zip(*map(average_precision, scores[:, labels].T, positive.T), strict=True)
     # As in a mean, leaving out a share of the clips of a class moves the rest by one over what is left of them.
     left = positive.sum(axis=0) - _by_recording(positive, recordings, count)
     moved = _by_recording(np.stack(influences, axis=1), recordings, count) * positive.sum(axis=0)
@@ -218,7 +218,7 @@ def _mean_ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, where=below > 0, out=np.zeros(below.shape)).sum(axis=-1) / (below > 0).sum(axis=-1)
 
 
-def _average_precision(scores: np.ndarray, positive: np.ndarray) -> tuple[float, np.ndarray]:
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> tuple[float, np.ndarray]:
     """Average precision of a class, and its derivative by the weight of each clip.
 
     It is the mean, over the positive clips, of hits / clips, both counted among the clips that score no lower.
