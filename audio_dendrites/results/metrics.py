@@ -60,7 +60,9 @@ class Scores(evaluate.Metric):
             references = references > 0
             count = references.sum(axis=0)
             both = (count > 0) & (count < len(references))  # an ROC curve needs clips with and without the class
-            auc = roc_auc_score(references[:, both], logits[:, both], average=None) if both.any() else np.nan
+            # `compress` keeps the rows contiguous. scikit-learn copies other arrays once for each class.
+            parts = (values.compress(both, axis=1) for values in (references, logits))
+            auc = roc_auc_score(*parts, average=None) if both.any() else np.nan
             auc = float(np.mean(auc))
             d_prime = float(np.sqrt(2) * norm.ppf(min(auc, 1 - 1e-6)))
             return {"mAP": float(np.nanmean(average_precisions(logits, references))), "AUC": auc, "d_prime": d_prime}
