@@ -193,13 +193,17 @@ def macro_f1(scores: np.ndarray, references: np.ndarray, recordings: np.ndarray,
 
 def mean_average_precision(scores: np.ndarray, references: np.ndarray, recordings: np.ndarray, count: int) -> Score:
     """mAP, averaged over the classes that occur; see `accuracy`. The effects are of first order."""
-    labels = np.flatnonzero(references.any(axis=0))
-    positive = references[:, labels] > 0
-    values, influences = zip(*map(average_precision, scores[:, labels].T, positive.T), strict=True)
-    # As in a mean, leaving out a share of the clips of a class moves the rest by one over what is left of them.
-    left = positive.sum(axis=0) - _by_recording(positive, recordings, count)
-    moved = _by_recording(np.stack(influences, axis=1), recordings, count) * positive.sum(axis=0)
-    return float(np.mean(values)), np.mean(values) - _mean_ratio(values * left - moved, left)
+    values, above, classes = [], np.zeros(count), np.zeros(count)  # the last two: without each recording
+    for label in np.flatnonzero(references.any(axis=0)):
+        positive = references[:, label] > 0
+        value, influence = average_precision(scores[:, label], positive)
+        # As in a mean, leaving out a share of the clips of a class moves the rest by one over what is left of them.
+        left = positive.sum() - np.bincount(recordings, positive, count)
+        moved = np.bincount(recordings, influence, count) * positive.sum()
+        above += np.divide(value * left - moved, left, where=left > 0, out=np.zeros(count))
+        classes += left > 0
+        values.append(value)
+    return float(np.mean(values)), np.mean(values) - above / classes
 
 
 def _by_recording(values: np.ndarray, recordings: np.ndarray, count: int) -> np.ndarray:

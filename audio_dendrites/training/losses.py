@@ -45,7 +45,7 @@ def balanced_class_weights(targets: np.ndarray, labels: Sequence[str]) -> np.nda
         UserError: A class has no training clip.
     """
     found = targets if targets.ndim == 1 else targets.nonzero()[1]
-    if missing := sorted(set(range(len(labels))) - set(found.tolist())):
+    if len(missing := np.setdiff1d(np.arange(len(labels)), found)):
         raise UserError(
             f"class_weights: no training clip has the label {labels[missing[0]]!r}, so its weight would be infinite; "
             f"take the label out of `labels`, or leave class_weights out"
