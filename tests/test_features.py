@@ -197,6 +197,12 @@ def test_a_bad_clip_without_name_is_called_by_its_row(clips):
     assert result[3]["error"].startswith("row 3: ")
 
 
+def test_a_block_of_the_cache_has_many_batches():
+    clips = datasets.Dataset.from_dict({"audio": [wav(0)] * 11}).cast_column("audio", Audio(decode=False))
+    result = extract_features(clips, BatchedASTFeatureExtractor(), batch_size=1)
+    assert [len(block) for block in result.data.column("error").chunks] == [8, 3]
+
+
 def test_a_missing_cell_is_a_bad_clip():
     clips = datasets.Dataset.from_dict({"audio": [wav(0), None]}).cast_column("audio", Audio(decode=False))
     result = extract_features(clips, BatchedASTFeatureExtractor())

@@ -27,6 +27,8 @@ from audio_dendrites.data.audio import HAS_AV, BadClip, load_waveform, window_sa
 FEATURES_VERSION = 1
 # Rows of a data set that are computed, cached and found again together.
 PART_ROWS = 10_000
+# Batches that are stored as one block of a cache file. An open file takes about 2.7 kB of memory for each block.
+_BATCHES_OF_A_BLOCK = 8
 # Frames that are computed at once. On a CPU, they and all intermediate results fit into the second-level cache of a
 # core. On a GPU, they are 11 minutes of sound and take half a GiB.
 _FRAMES_ON_CPU = 384
@@ -503,11 +505,12 @@ def extract_features(
                 audio_column=audio_column,
                 id_column=id_column,
                 channel=channel,
+                batch_size=batch_size,
                 caller=os.getpid(),
             ),
             with_indices=True,
             batched=True,
-            batch_size=batch_size,
+            batch_size=_BATCHES_OF_A_BLOCK * batch_size,
             features=features,
             num_proc=num_proc,
             new_fingerprint=part.fingerprint,
@@ -525,15 +528,19 @@ def _extract_batch(
     audio_column: str,
     id_column: str | None,
     channel: str,
+    batch_size: int,
     caller: int,
 ) -> pa.Table:
-    """One batch of `extract_features`: the table without its audio, with `input_values` and `error`."""
+    """One block of `extract_features`: the table without its audio, with `input_values` and `error`."""
     if os.getpid() != caller:
         # Each core has a process. A forked process that starts threads would wait for those of its parent for ever.
         torch.set_num_threads(1)
-    rows = [first + row for row in rows]
-    waveforms, errors = decode_batch(clips, rows, extractor.sampling_rate, audio_column, id_column, channel)
-    return store_batch(clips.drop_columns([audio_column]), waveforms, errors, extractor)
+    found = []
+    for start in range(0, len(rows), batch_size):
+        batch, numbers = clips.slice(start, batch_size), [first + row for row in rows[start : start + batch_size]]
+        waveforms, errors = decode_batch(batch, numbers, extractor.sampling_rate, audio_column, id_column, channel)
+        found.append(store_batch(batch.drop_columns([audio_column]), waveforms, errors, extractor))
+    return pa.concat_tables(found)
 
 
 def decode_batch(

@@ -9,6 +9,7 @@ from math import sqrt
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import soundfile
 from datasets import Audio
 from pandas import crosstab
@@ -56,10 +57,11 @@ def mean_and_std(moments: datasets.Dataset, train: np.ndarray) -> dict[str, floa
     Raises:
         UserError: No training clip can be read.
     """
-    errors = np.asarray(moments["error"])[train]
+    errors = moments.select_columns("error").to_pandas()["error"].iloc[train]
     if not (good := train[errors == ""]).size:
-        raise UserError(f"none of the {len(train)} training clips can be read; the first: {errors[0]}")
-    count, total, squares = np.sum(moments.with_format("arrow")[good]["input_values"].to_pylist(), axis=0)
+        raise UserError(f"none of the {len(train)} training clips can be read; the first: {errors.iloc[0]}")
+    sums = pc.list_flatten(moments.with_format("arrow")[good]["input_values"]).to_numpy().reshape(-1, 3)
+    count, total, squares = sums.sum(axis=0)
     mean = total / count
     return {"mean": round(float(mean), 4), "std": round(sqrt(squares / count - mean**2), 4)}
 
