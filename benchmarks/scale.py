@@ -4,9 +4,11 @@
     PYTHONPATH=. python benchmarks/scale.py --evaluation
 
 The first command trains a tiny AST on half-second clips. Each size runs in processes of its own: one fills the cache of
-features, one starts again and trains, and one resumes in the middle of an epoch. Memory is anonymous memory, which
-cannot be evicted. Pages of the mapped cache do not count. `--evaluation` scores 20,000 clips of 527 classes: an
-evaluation by the Trainer, and a comparison of two sides of three runs. Prints a line of JSON for each process.
+features, one starts again and trains, and one resumes in the middle of an epoch. `--evaluation` scores 20,000 clips of
+527 classes: an evaluation by the Trainer, and a comparison of two sides of three runs.
+
+Times are seconds of the processor, which other programs hardly change. Memory is anonymous memory, which cannot be
+evicted. Pages of the mapped cache do not count. Prints a line of JSON for each process.
 """
 
 import argparse
@@ -50,7 +52,7 @@ def sound(number: int) -> bytes:
 
 
 def write_clips(path: Path, count: int, multi_label: bool) -> None:
-    """A Parquet file with row groups of 10,000 clips. A tenth, or 1,000 clips, are in each of the folds 2 and 3."""
+    """A Parquet file with row groups of 10,000 clips. Folds 2 and 3 have a tenth, at most 1,000, each."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
