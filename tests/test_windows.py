@@ -19,7 +19,7 @@ from transformers import ASTFeatureExtractor, pipeline
 import predict
 import train
 from audio_dendrites.data.features import BatchedASTFeatureExtractor
-from audio_dendrites.data.windows import ClipWindows, aggregate, stream_windows, windows
+from audio_dendrites.data.windows import ClipWindows, aggregate, stream_windows, windows, windows_of_clips
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.loading import load_model
 from audio_dendrites.recipes import ModelArguments, RunArguments, parse_recipe
@@ -28,20 +28,15 @@ from audio_dendrites.training.trainer import AudioTrainer
 from data_collator import SpectrogramCollator
 
 
-def cuts_of(length, *layout, **more):
-    """Start and end of each window of a clip."""
-    _, starts, ends = windows([length], *layout, **more)
-    return list(zip(starts.tolist(), ends.tolist(), strict=True))
-
-
 def test_windows_overlap_and_end_with_the_clip():
-    assert cuts_of(100, 100, 0.5) == [(0, 100)]
-    assert cuts_of(40, 100, 0.5) == [(0, 40)]
-    assert cuts_of(101, 100, 0.5) == [(0, 100), (1, 101)]
-    assert cuts_of(230, 100, 0.5) == [(s, s + 100) for s in (0, 50, 100, 130)]
-    assert cuts_of(200, 100, 0) == [(0, 100), (100, 200)]
-    assert len(cuts_of(12, 10, 0.99)) == 3
-    clips, starts, ends = windows([40, 230, 100], 100, 0.5)
+    assert windows(100, 100, 0.5) == [slice(0, 100)]
+    assert windows(40, 100, 0.5) == [slice(0, 40)]
+    assert windows(101, 100, 0.5) == [slice(0, 100), slice(1, 101)]
+    assert windows(230, 100, 0.5) == [slice(s, s + 100) for s in (0, 50, 100, 130)]
+    assert windows(200, 100, 0) == [slice(0, 100), slice(100, 200)]
+    assert len(windows(12, 10, 0.99)) == 3
+    assert windows(230, sys.maxsize, 0) == [slice(0, 230)]
+    clips, starts, ends = windows_of_clips([40, 230, 100], 100, 0.5)
     assert clips.tolist() == [0, 1, 1, 1, 1, 2]
     assert starts.tolist() == [0, 0, 50, 100, 130, 0] and ends.tolist() == [40, 100, 150, 200, 230, 100]
 
@@ -50,9 +45,9 @@ def test_windows_overlap_and_end_with_the_clip():
 def test_windows_of_samples_hold_whole_frames(window_length):
     size = 9 * 160 + window_length
     for extra in (0, 159):  # less than one frame more
-        assert cuts_of(size + extra, 10, 0.5, window_length, 160) == [(0, size + extra)]
-    assert cuts_of(size + 7 * 160 + 5, 10, 0.5, window_length, 160) == [
-        (start * 160, start * 160 + size) for start in (0, 5, 7)
+        assert windows(size + extra, 10, 0.5, window_length, 160) == [slice(0, size + extra)]
+    assert windows(size + 7 * 160 + 5, 10, 0.5, window_length, 160) == [
+        slice(start * 160, start * 160 + size) for start in (0, 5, 7)
     ]
 
 
@@ -64,11 +59,9 @@ def test_windows_of_a_stream_are_those_of_the_whole_clip(window_length, overlap)
     for length in (400, 1839, 1840, 1999, 2000, 2001, 5000, 12345):
         for block in (100, 3000, 20000):
             found = list(stream_windows([clip[i : min(i + block, length)] for i in range(0, length, block)], **layout))
-            cuts = cuts_of(length, **layout)
-            assert [start for start, _, _ in found] == [start for start, _ in cuts]
-            assert all(
-                np.array_equal(part, clip[start:end]) for (_, part, _), (start, end) in zip(found, cuts, strict=True)
-            )
+            cuts = windows(length, **layout)
+            assert [start for start, _, _ in found] == [cut.start for cut in cuts]
+            assert all(np.array_equal(part, clip[:length][cut]) for (_, part, _), cut in zip(found, cuts, strict=True))
             assert [last for _, _, last in found] == [False] * (len(cuts) - 1) + [True]
 
 
@@ -97,10 +90,10 @@ def test_a_window_of_frames_is_what_the_extractor_makes_of_its_samples():
     waveform = tone(700, 0.8)
     frames = extractor.log_mel([waveform])[0]
     clips = ClipWindows([{"input_values": frames}], [len(frames)], extractor.window_layout, 0.5, "mean")
-    cuts = cuts_of(len(waveform), 30, 0.5, 400, 160)
+    cuts = windows(len(waveform), 30, 0.5, 400, 160)
     assert len(clips) == len(cuts) == 5
-    for row, (start, end) in enumerate(cuts):
-        stock = ASTFeatureExtractor(max_length=30)(waveform[start:end], sampling_rate=16000)["input_values"][0]
+    for row, cut in enumerate(cuts):
+        stock = ASTFeatureExtractor(max_length=30)(waveform[cut], sampling_rate=16000)["input_values"][0]
         assert np.abs(clips[row]["input_values"].numpy() - stock).max() < 1e-5
 
 

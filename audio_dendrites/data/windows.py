@@ -11,8 +11,14 @@ from transformers import ASTFeatureExtractor, FeatureExtractionMixin, PreTrained
 from audio_dendrites.data.audio import window_samples
 
 
-def windows(
-    lengths: np.ndarray, max_length: int, overlap: float, window_length: int = 1, hop_length: int = 1
+def windows(length: int, max_length: int, overlap: float, window_length: int = 1, hop_length: int = 1) -> list[slice]:
+    """Cut a clip into windows; see `windows_of_clips`."""
+    _, starts, ends = windows_of_clips([length], max_length, overlap, window_length, hop_length)
+    return list(map(slice, starts.tolist(), ends.tolist()))
+
+
+def windows_of_clips(
+    lengths: Sequence[int], max_length: int, overlap: float, window_length: int = 1, hop_length: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut clips into windows.
 
@@ -30,6 +36,7 @@ def windows(
         For each window the number of its clip, its start and its end, (windows,) each, int64, clip by clip.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
+    max_length = min(max_length, 1 + int(lengths.max(initial=0)))  # a limit that no clip reaches may be sys.maxsize
     spare = 1 + (lengths - window_length) // hop_length - max_length  # frames after the first window
     step = max(1, round(max_length * (1 - overlap)))
     counts = 1 + np.maximum(0, -(-spare // step))
@@ -71,10 +78,10 @@ class ClipWindows(Dataset):
     """
 
     def __init__(
-        self, examples: Dataset, lengths: np.ndarray, layout: dict[str, int], overlap: float, aggregation: str
+        self, examples: Dataset, lengths: Sequence[int], layout: dict[str, int], overlap: float, aggregation: str
     ):
         self.examples, self.aggregation = examples, aggregation
-        self.clips, self._starts, self._ends = windows(lengths, overlap=overlap, **layout)
+        self.clips, self._starts, self._ends = windows_of_clips(lengths, overlap=overlap, **layout)
 
     def __len__(self) -> int:
         return len(self.clips)
