@@ -17,7 +17,7 @@ from pandas.arrays import ArrowExtensionArray, ArrowStringArray
 from scipy.sparse import csr_array
 from sklearn.model_selection import StratifiedGroupKFold
 
-from audio_dendrites.errors import UserError
+from audio_dendrites.errors import UserError, listed
 from audio_dendrites.recipes import SPLITS, DataArguments
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def split_by_fold(index: DataFrame, arguments: DataArguments, chooses: bool = Tr
     present = index["fold"].value_counts().sort_index()
     for split, folds in asked.items():
         if missing := [fold for fold in folds if fold not in present]:
-            counts = ", ".join(f"{fold} ({count} clips)" for fold, count in present.items())
+            counts = listed(f"{fold} ({count} clips)" for fold, count in present.items())
             raise UserError(f"{split}_folds: no clip in fold {', '.join(missing)}; {arguments.dataset} has {counts}")
     if chooses and (both := sorted(set(asked["validation"]) & set(asked["test"]))):
         logger.warning(
@@ -75,11 +75,11 @@ def class_names(index: DataFrame, splits: dict[str, np.ndarray], arguments: Data
         if strangers := sorted(names - set(labels)):
             source = "of the recipe" if arguments.labels else "of the training clips"
             raise UserError(
-                f"labels: the labels of the {split} clips must be labels {source} ({', '.join(labels)}), got "
-                f"{', '.join(map(repr, strangers))}; add them to labels or to drop_labels"
+                f"labels: the labels of the {split} clips must be labels {source} ({listed(labels)}), got "
+                f"{listed(map(repr, strangers))}; add them to labels or to drop_labels"
             )
     if unseen := sorted(set(labels) - found["train"]):
-        logger.warning("labels: no training clip has the label %s, so the model cannot learn it.", ", ".join(unseen))
+        logger.warning("labels: no training clip has the label %s, so the model cannot learn it.", listed(unseen))
     if len(labels) < 2:
         raise UserError(f"labels: the training clips must have at least two classes, got {', '.join(labels) or 'none'}")
     return labels
@@ -154,17 +154,17 @@ def drop_bad_clips(
     """
     faulty = (errors != "").to_numpy()
     bad = {split: errors.iloc[rows[faulty[rows]]].tolist() for split, rows in splits.items()}
-    listed = list(chain(*bad.values()))
-    told = "".join(f"\n  {error}" for error in listed[:20]) + f"\n  and {len(listed) - 20} more" * (len(listed) > 20)
-    if listed and on_bad_clip == "error":
-        raise UserError(f"{len(listed)} clips cannot be used (--on_bad_clip skip leaves them out):{told}")
+    faults = list(chain(*bad.values()))
+    told = "".join(f"\n  {error}" for error in faults[:20]) + f"\n  and {len(faults) - 20} more" * (len(faults) > 20)
+    if faults and on_bad_clip == "error":
+        raise UserError(f"{len(faults)} clips cannot be used (--on_bad_clip skip leaves them out):{told}")
     good = {split: rows[~faulty[rows]] for split, rows in splits.items()}
     if empty := [split for split, rows in good.items() if not len(rows)]:
         raise UserError(
             f"none of the {len(splits[empty[0]])} {empty[0]} clips can be used; the first: {bad[empty[0]][0]}"
         )
-    if listed:
-        logger.warning("%d clips cannot be used and are left out:%s", len(listed), told)
+    if faults:
+        logger.warning("%d clips cannot be used and are left out:%s", len(faults), told)
     return good, {split: found for split, found in bad.items() if found}
 
 
@@ -250,8 +250,7 @@ def without_labels(index: DataFrame, arguments: DataArguments) -> DataFrame:
     present = set(names.unique().to_pylist())
     if strangers := sorted(dropped - present):
         raise UserError(
-            f"drop_labels must be classes of {arguments.dataset} ({', '.join(sorted(present))}), got "
-            f"{', '.join(strangers)}"
+            f"drop_labels must be classes of {arguments.dataset} ({listed(sorted(present))}), got {listed(strangers)}"
         )
     kept = pc.invert(pc.is_in(names, pa.array(sorted(dropped), pa.large_string())))
     kept_rows = rows[kept.to_numpy(zero_copy_only=False)]
@@ -271,7 +270,7 @@ def _check_leaks(groups: Series, splits: dict[str, np.ndarray], arguments: DataA
         "%d training clips share a source recording (%s %s) with validation or test clips: %s.",
         leaks.sum(),
         arguments.group_column,
-        ", ".join(sorted(set(groups.iloc[train[leaks]]))),
+        listed(sorted(set(groups.iloc[train[leaks]]))),
         "dropped from training" if arguments.drop_leaks else "kept; --drop_leaks drops them from training",
     )
     return train[~leaks] if arguments.drop_leaks else train
