@@ -22,7 +22,7 @@ def end_tracking(trainer: Trainer, folder: Path) -> None:
     figures = {f"figures/{path.stem}": path for path in sorted(folder.glob("*.png"))}
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
-            with callback._SummaryWriter(log_dir=callback.logging_dir) as writer:
+            with callback._SummaryWriter(callback.logging_dir, filename_suffix=".figures") as writer:
                 for name, path in figures.items():
                     writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
         elif isinstance(callback, WandbCallback | TrackioCallback):
