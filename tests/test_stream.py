@@ -4,6 +4,7 @@ import io
 import shutil
 import tarfile
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import train
 from audio_dendrites.data.stream import StreamLoader
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.loading import load_model
+from audio_dendrites.recipes import write_yaml
+from audio_dendrites.training.checkpoints import check_run_folder
 
 OWN_SPLITS = {name: None for name in TONES if name.endswith("_folds")} | {
     f"{split}_split": split for split in ("train", "validation", "test")
@@ -114,6 +117,11 @@ def test_other_workers_or_processes_cannot_resume_a_stream(shards, tmp_path):
     loader = StreamLoader(data_of(run).stream, 2, None, (0, 1), num_workers=2)
     with pytest.raises(UserError, match="dataloader_num_workers must be 3, as in the checkpoint, got 2"):
         loader.state = {"workers": 3, "batches": 0, "positions": {}}
+    write_yaml(run, tmp_path / "config.yaml")
+    (tmp_path / "metrics.json").touch()
+    check_run_folder(run)
+    with pytest.raises(UserError, match="dataloader_num_workers was 2 and is 1"):
+        check_run_folder(recipe(shards, dataloader_num_workers=1, output_dir=tmp_path))
     with pytest.raises(UserError, match=r"processes must be at most 4 with streaming: true, got 6"):
         StreamLoader(data_of(run).stream, 2, None, (0, 3), num_workers=2)
 
@@ -128,7 +136,10 @@ def test_other_workers_or_processes_cannot_resume_a_stream(shards, tmp_path):
         ({"class_weights": "auto"}, "class_weights must be left out with streaming: true"),
         ({"drop_leaks": True}, "drop_leaks must be false with streaming: true"),
         ({"eval_strategy": "epoch"}, "eval_strategy must be steps or no with streaming: true"),
-        ({"lr_step_decay": 0.5}, "lr_step_decay must be left out with streaming: true"),
+        (
+            {"lr_step_decay": 0.5, "lr_scheduler_type": "constant_with_warmup"},
+            "lr_step_decay must be left out with streaming: true",
+        ),
     ],
 )
 def test_what_a_stream_cannot_do_is_an_error_of_the_recipe(fields, message):
@@ -203,6 +214,17 @@ def test_webdataset_shards_and_classes_of_the_data_set(shards, tmp_path):
         return sorted((len(one["input_values"]), one["labels"], one["input_values"].sum().item()) for one in examples)
 
     assert content(batch) == content(same) and len(data.splits["test"]) == 8
+
+
+def test_a_data_set_of_the_hub_is_streamed(shards, online, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", online.url)
+    online.commit("me/tones", {f"data/{path.name}": path.read_bytes() for path in shards.iterdir()}, "dataset")
+    streams = [data_of(recipe(place)).stream for place in (shards, "me/tones")]
+    loaders = [StreamLoader(stream, 3, list, (0, 1), num_workers=2) for stream in streams]
+    for one, other in islice(zip(*loaders, strict=True), 8):
+        assert [clip["draw"] for clip in one] == [clip["draw"] for clip in other]
+        assert all(torch.equal(a["input_values"], b["input_values"]) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("several", [False, True])

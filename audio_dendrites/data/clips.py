@@ -131,8 +131,7 @@ def _load(arguments: DataArguments) -> tuple[Dataset, Series]:
     )
     try:
         if arguments.streaming:
-            form, files = files_of_splits(arguments, splits)
-            loaded = load_dataset(form, data_files=files, split=splits)
+            loaded = load_dataset(split=splits, **shards_of(arguments, splits))
         elif kind == "file":
             if (suffix := Path(name).suffix.lower()) not in FILES:
                 raise UserError(f"dataset must be a folder, a Hub id or a {' or '.join(FILES)} file, got {name}")
@@ -169,15 +168,15 @@ def _repeated(texts: Sequence[str], counts: Sequence[int]) -> Series:
     return pa.chunked_array(map(pa.repeat, texts, counts), pa.string()).to_pandas()
 
 
-def files_of_splits(arguments: DataArguments, splits: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
-    """The files of some splits of a data set in shards, so that nothing else is read.
+def shards_of(arguments: DataArguments, splits: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `load_dataset` that load some splits of a data set in shards, and prepare no other split.
 
     Args:
         arguments: Name the data set.
         splits: Names of splits, or expressions such as test[:10%].
 
     Returns:
-        The first argument of `load_dataset`, parquet or webdataset, and the files of each split that it needs.
+        `path` (parquet or webdataset), `data_files` by split, and `features` if the sounds would need torchcodec.
 
     Raises:
         UserError: The data set is not in such files, or lacks a split.
@@ -189,6 +188,8 @@ def files_of_splits(arguments: DataArguments, splits: Sequence[str]) -> tuple[st
     try:
         with hub_errors("dataset", name, revision, "streaming needs it; set streaming: false to use a cached copy"):
             builder = load_dataset_builder(place, **options)
+    except UserError:
+        raise
     except ValueError as error:  # an unknown configuration
         raise UserError(f"dataset {name!r}: {error}") from error
     form, found = builder.info.builder_name, {str(split): files for split, files in builder.config.data_files.items()}
@@ -200,7 +201,12 @@ def files_of_splits(arguments: DataArguments, splits: Sequence[str]) -> tuple[st
     needed = list(dict.fromkeys(re.findall(r"(?:^|\+)\s*([\w.]+)", "+".join(splits))))
     if not found.keys() >= {*needed}:
         raise UserError(f"dataset {name!r} must have the splits {', '.join(needed)}, got {', '.join(found)}")
-    return form, {split: list(found[split]) for split in needed}
+    shards = {"path": form, "data_files": {split: list(found[split]) for split in needed}}
+    if form == "parquet":
+        return shards
+    features = load_dataset(split=needed[0], streaming=True, **shards).features
+    plain = {name: Value("binary") if isinstance(kind, Audio) else kind for name, kind in features.items()}
+    return shards | {"features": Features(plain)}
 
 
 def place_of(arguments: DataArguments) -> tuple[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from datasets import Audio, ClassLabel, List, load_dataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from audio_dendrites.data.clips import files_of_splits
+from audio_dendrites.data.clips import shards_of
 from audio_dendrites.data.features import Inputs, decode_batch, one_thread, rounded
 from audio_dendrites.errors import UserError
 from audio_dendrites.recipes import DataArguments
@@ -72,8 +72,8 @@ class ClipStream:
         if (found := self.rows.num_shards) < readers:
             raise UserError(
                 f"dataloader_num_workers × processes must be at most {found} with streaming: true, got {readers}; each "
-                f"worker reads shards of its own, and the training split of {self.arguments.dataset} has {found} (files, "
-                "or row groups of Parquet files)"
+                f"worker reads shards of its own, and {self.arguments.dataset} has {found} to train on (files, or row "
+                "groups of Parquet files)"
             )
         return self
 
@@ -128,8 +128,8 @@ def open_stream(arguments: DataArguments) -> datasets.IterableDataset:
     Raises:
         UserError: The data set has no such split or column, or is not in shards that can be read as a stream.
     """
-    kind, files = files_of_splits(arguments, [arguments.train_split])
-    rows = load_dataset(kind, data_files=files, split=arguments.train_split, streaming=True)
+    shards = shards_of(arguments, [arguments.train_split])
+    rows = load_dataset(split=arguments.train_split, streaming=True, **shards)
     wanted = {"audio_column", "label_column"} | ({"clip_column"} if arguments.clip_column else set())
     for field in sorted(wanted):
         if (column := getattr(arguments, field)) not in rows.features:
