@@ -244,7 +244,7 @@ class DataArguments:
     shuffle_buffer: int = option(
         1000,
         "Streaming: number of undecoded clips among which each loader worker draws the next one. 1,000 FLAC files of "
-        "10 s are about 300 MB, and shuffling takes up to three times that for a moment.",
+        "10 s are about 300 MB, and shuffling takes up to three times that. They must take less than 2 GiB.",
         "[1, 100000]",
     )
     preprocessing_num_workers: int | None = option(None, "Processes that fill the cache. Default: cores.", "[1, inf)")

@@ -80,7 +80,7 @@ class ClipStream:
     def read(self, reader: int, readers: int, start: Position) -> Iterator[tuple[pa.Table, Position]]:
         """The rows of one reader, without end: a table of one row, and its position.
 
-        The position depends on the seed and the number of readers only. Rows before `start` are read, but not decoded.
+        The order depends on the seed and the number of readers only. Rows before `start` are read, but not decoded.
         """
         epoch, first = start.epoch, start.row
         while True:
@@ -192,6 +192,11 @@ class _Batches(IterableDataset):
                     found = []
         except UserError as error:
             yield error
+        except pa.ArrowInvalid as error:
+            overflow = "; lower shuffle_buffer: its clips must take less than 2 GiB" * ("overflow" in str(error))
+            yield UserError(
+                f"dataset: cannot read a training shard of {self.stream.arguments.dataset}: {error}{overflow}"
+            )
 
     def _clip(self, row: pa.Table, position: Position) -> dict[str, Any] | None:
         """The samples of a clip as `input_values`, and its `labels`; None for a clip that is left out."""
