@@ -134,12 +134,14 @@ def train(data: RunData) -> None:
 def make_trainer(data: RunData, model: PreTrainedModel) -> AudioTrainer:
     """The trainer of a run, with the callbacks, the collator and the samplers of its recipe."""
     recipe, args = data.recipe, data.recipe.training
-    grows, callbacks = recipe.dendrites.pai is not None, [SetEpoch()]
+    grows, callbacks = recipe.dendrites.pai is not None, []
+    if (clips := data.stream) is None:
+        clips = AugmentedClips(data.clips("train"), args.seed)
+        callbacks.append(SetEpoch())
     if grows:
         callbacks.append(PAICallback({"modules": default_dendrites(model)} | recipe.dendrites.pai))
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    clips = AugmentedClips(data.clips("train"), args.seed)
     return (DendriticAudioTrainer if grows else AudioTrainer)(
         model,
         args,

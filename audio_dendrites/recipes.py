@@ -96,6 +96,19 @@ RULES = (  # a field, the values that it may have, the field and its value that 
         "it averages the checkpoints that are saved",
     ),
     ("dataloader_persistent_workers", (False,), "dataloader_num_workers", 0, "there are no workers"),
+    ("streaming", (False,), "train_split", None, "set train_split, validation_split and test_split"),
+    ("streaming", (False,), "max_steps", -1, "set max_steps, because the number of clips is unknown"),
+    ("streaming", (False,), "mean", "auto", "the training clips are not read before the training"),
+    ("streaming", (False,), "std", "auto", "the training clips are not read before the training"),
+    ("balanced_sampling", (False,), "streaming", True, "a stream has an order of its own"),
+    ("class_weights", (None,), "streaming", True, "the number of clips of a class is unknown"),
+    ("drop_leaks", (False,), "streaming", True, "the training clips are not read before the training"),
+    ("drop_labels", (None,), "streaming", True, "the training clips are not read before the training"),
+    ("label_separator", (None,), "streaming", True, "a stream has lists of labels"),
+    ("audio_path", (None,), "streaming", True, "a stream has the sounds in its shards"),
+    ("lr_step_decay", (None,), "streaming", True, "the number of steps of an epoch is unknown"),
+    ("eval_strategy", ("steps", "no"), "streaming", True, "a stream has no end of an epoch"),
+    ("save_strategy", ("steps", "best", "no"), "streaming", True, "a stream has no end of an epoch"),
     ("remove_unused_columns", (False,), None, None, "augmentation needs the column `draw`"),
     ("hub_strategy", ("end", "every_save", "checkpoint"), None, None, "the Hub gets one checkpoint at most"),
 )
@@ -222,6 +235,17 @@ class DataArguments:
         "What the disk keeps of each clip. features: what the model gets. waveforms: samples in float16. The loader's "
         "workers compute log-mel from them, which differs a little because of the rounding. none: a length. The "
         "loader's workers decode the clip each time. The weights are those of `features` to the bit.",
+    )
+    streaming: bool = option(
+        False,
+        "Read the training clips from the Parquet or WebDataset shards of the data set during the training. The disk "
+        "keeps nothing of them. `cache` is then for the validation and test clips only.",
+    )
+    shuffle_buffer: int = option(
+        1000,
+        "Streaming: number of undecoded clips among which each loader worker draws the next one. 1,000 FLAC files of "
+        "10 s are about 300 MB, and shuffling takes up to three times that. They must take less than 2 GiB.",
+        "[1, 100000]",
     )
     preprocessing_num_workers: int | None = option(None, "Processes that fill the cache. Default: cores.", "[1, inf)")
 

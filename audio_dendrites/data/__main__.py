@@ -90,6 +90,8 @@ def main(argv: list[str]) -> None:
     options, words = parser.parse_known_args(argv)
     try:
         recipe = parse_recipe(words)
+        if recipe.data.streaming and options.command != "features":
+            raise UserError(f"streaming must be false for {options.command}, got true; add --streaming false")
         if options.command == "download":
             download(recipe)
         elif options.command == "stats":

@@ -2,8 +2,10 @@
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -12,7 +14,18 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Audio, ClassLabel, Dataset, Features, LargeList, List, Value, concatenate_datasets, load_dataset
+from datasets import (
+    Audio,
+    ClassLabel,
+    Dataset,
+    Features,
+    LargeList,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.data_files import EmptyDatasetError
 from datasets.fingerprint import Hasher
 from huggingface_hub import snapshot_download
@@ -30,6 +43,7 @@ from audio_dendrites.data.splits import (
     is_multi_label,
     listed_splits,
     lists_of,
+    loaded_splits,
     without_labels,
 )
 from audio_dendrites.data.synthetic import load_synthetic
@@ -99,7 +113,8 @@ def _load(arguments: DataArguments) -> tuple[Dataset, Series]:
     name, revision, kind = arguments.dataset, arguments.dataset_revision, kind_of(arguments.dataset)
     splits = [arguments.dataset_split]
     if arguments.train_split:
-        splits = list(dict.fromkeys(split for folds in arguments.folds.values() for split in folds))
+        folds = {split: names for split, names in arguments.folds.items() if split in loaded_splits(arguments)}
+        splits = list(dict.fromkeys(chain(*folds.values())))
         if kind in ("file", "synthetic"):
             raise UserError(
                 f"train_split must be left out for {name}, which has no splits of its own, got "
@@ -115,7 +130,9 @@ def _load(arguments: DataArguments) -> tuple[Dataset, Series]:
         f"network and set HF_HOME to the same cache here, or use a local copy: --dataset FOLDER"
     )
     try:
-        if kind == "file":
+        if arguments.streaming:
+            loaded = load_dataset(split=splits, **shards_of(arguments, splits))
+        elif kind == "file":
             if (suffix := Path(name).suffix.lower()) not in FILES:
                 raise UserError(f"dataset must be a folder, a Hub id or a {' or '.join(FILES)} file, got {name}")
             loaded = load_dataset(FILES[suffix], data_files=str(Path(name).expanduser()), split=splits)
@@ -149,6 +166,47 @@ def _load(arguments: DataArguments) -> tuple[Dataset, Series]:
 def _repeated(texts: Sequence[str], counts: Sequence[int]) -> Series:
     """Each text as often as its count says."""
     return pa.chunked_array(map(pa.repeat, texts, counts), pa.string()).to_pandas()
+
+
+def shards_of(arguments: DataArguments, splits: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `load_dataset` that load some splits of a data set in shards, and prepare no other split.
+
+    Args:
+        arguments: Name the data set.
+        splits: Names of splits, or expressions such as test[:10%].
+
+    Returns:
+        `path` (parquet or webdataset), `data_files` by split, and `features` if the sounds would need torchcodec.
+
+    Raises:
+        UserError: The data set is not in such files, or lacks a split.
+    """
+    name, revision = arguments.dataset, arguments.dataset_revision
+    place, options = name, {"name": arguments.dataset_config, "revision": revision, "data_dir": arguments.dataset_dir}
+    if kind_of(name) == "folder":
+        place, options = str(folder_of(arguments)), {}
+    try:
+        with hub_errors("dataset", name, revision, "streaming needs it; set streaming: false to use a cached copy"):
+            builder = load_dataset_builder(place, **options)
+    except UserError:
+        raise
+    except ValueError as error:  # an unknown configuration
+        raise UserError(f"dataset {name!r}: {error}") from error
+    form, found = builder.info.builder_name, {str(split): files for split, files in builder.config.data_files.items()}
+    if form not in ("parquet", "webdataset"):
+        raise UserError(
+            f"streaming must be false for {name}, got true; only Parquet and WebDataset files can be read as a stream, "
+            f"and it has {form}"
+        )
+    needed = list(dict.fromkeys(re.findall(r"(?:^|\+)\s*([\w.]+)", "+".join(splits))))
+    if not found.keys() >= {*needed}:
+        raise UserError(f"dataset {name!r} must have the splits {', '.join(needed)}, got {', '.join(found)}")
+    shards = {"path": form, "data_files": {split: list(found[split]) for split in needed}}
+    if form == "parquet":
+        return shards
+    features = load_dataset(split=needed[0], streaming=True, **shards).features
+    plain = {name: Value("binary") if isinstance(kind, Audio) else kind for name, kind in features.items()}
+    return shards | {"features": Features(plain)}
 
 
 def place_of(arguments: DataArguments) -> tuple[str, dict[str, Any]]:

@@ -590,12 +590,13 @@ def store_batch(
     sizes = np.zeros(len(waveforms) + 1, dtype=np.int32)
     sizes[1:][[waveform is not None for waveform in waveforms]] = [values.numel() for values in features]
     values = [np.empty(0, dtype=extractor.stored_as)]
-    values += [_rounded(clip, extractor.stored_as).ravel() for clip in features]
+    values += [rounded(clip, extractor.stored_as).ravel() for clip in features]
     lists = pa.ListArray.from_arrays(pa.array(np.cumsum(sizes, dtype=np.int32)), pa.array(np.concatenate(values)))
     return others.append_column("input_values", lists).append_column("error", pa.array(errors, pa.string()))
 
 
-def _rounded(values: torch.Tensor, dtype: str) -> np.ndarray:
+def rounded(values: torch.Tensor, dtype: str) -> np.ndarray:
+    """Features in the type in which the cache stores them."""
     return values.numpy().astype(dtype, copy=False)
 
 
@@ -716,8 +717,8 @@ class ComputedFeatures(Dataset):
         examples = self._waveforms.__getitems__(rows)
         with one_thread():
             features = self._extractor.features([np.asarray(one["input_values"], dtype=np.float32) for one in examples])
-        rounded = [torch.from_numpy(_rounded(values, self._dtype)) for values in features]
-        return [example | {"input_values": values} for example, values in zip(examples, rounded, strict=True)]
+        stored = [torch.from_numpy(rounded(values, self._dtype)) for values in features]
+        return [example | {"input_values": values} for example, values in zip(examples, stored, strict=True)]
 
 
 @contextmanager

@@ -29,6 +29,11 @@ def folder_of(arguments: DataArguments) -> Path:
     return (path if path.is_dir() else path.parent) / (arguments.dataset_dir or "")
 
 
+def loaded_splits(arguments: DataArguments) -> tuple[str, ...]:
+    """The splits that are in the index. With `streaming`, the training clips are not."""
+    return SPLITS[1:] if arguments.streaming else SPLITS
+
+
 def split_by_fold(index: DataFrame, arguments: DataArguments, chooses: bool = True) -> dict[str, np.ndarray]:
     """Divide clips into train, validation and test, and warn of source recordings in train and in another split.
 
@@ -38,13 +43,13 @@ def split_by_fold(index: DataFrame, arguments: DataArguments, chooses: bool = Tr
         chooses: Whether a validation score chooses the checkpoint.
 
     Returns:
-        The row numbers of the splits `train`, `validation` and `test`, in the order of the names of the clips. The
-        same data in another order therefore gives the same model.
+        The row numbers of the splits that `loaded_splits` names, in the order of the names of the clips. The same
+        data in another order therefore gives the same model.
 
     Raises:
         UserError: A fold is empty.
     """
-    asked = arguments.folds
+    asked = {split: arguments.folds[split] for split in loaded_splits(arguments)}
     present = index["fold"].value_counts().sort_index()
     for split, folds in asked.items():
         if missing := [fold for fold in folds if fold not in present]:
@@ -58,6 +63,8 @@ def split_by_fold(index: DataFrame, arguments: DataArguments, chooses: bool = Tr
     by_name = index["clip"].argsort(kind="stable").to_numpy()
     inside = {split: index["fold"].isin(folds).to_numpy() for split, folds in asked.items()}
     splits = {split: by_name[chosen[by_name]] for split, chosen in inside.items()}
+    if arguments.streaming:
+        return splits
     return splits | {"train": _check_leaks(index["group"], splits, arguments)}
 
 
@@ -78,7 +85,7 @@ def class_names(index: DataFrame, splits: dict[str, np.ndarray], arguments: Data
                 f"labels: the labels of the {split} clips must be labels {source} ({listed(labels)}), got "
                 f"{listed(map(repr, strangers))}; add them to labels or to drop_labels"
             )
-    if unseen := sorted(set(labels) - found["train"]):
+    if "train" in found and (unseen := sorted(set(labels) - found["train"])):
         logger.warning("labels: no training clip has the label %s, so the model cannot learn it.", listed(unseen))
     if len(labels) < 2:
         raise UserError(f"labels: the training clips must have at least two classes, got {', '.join(labels) or 'none'}")

@@ -26,7 +26,7 @@ FIGURES = (
 )  # fmt: skip
 # The files that resume a training. The .pt and .pth files are pickles, so only `hub_strategy: checkpoint` sends them.
 CHECKPOINT_FILES = (
-    *MODEL_FILES, "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pai_state.json",
+    *MODEL_FILES, "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "stream_*.json", "pai_state.json",
     "pai_best.safetensors",
 )  # fmt: skip
 BEST_FILES = (*MODEL_FILES, "pai_state.json")

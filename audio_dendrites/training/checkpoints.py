@@ -194,7 +194,7 @@ def _changes(recipe: Recipe, saved: Path, processes: int | None) -> list[str]:
     for fields in (then, now):
         if fields["cache"] == "none":
             fields["cache"] = "features"  # the same training
-    same = CHANGE_NO_RESULT
+    same = CHANGE_NO_RESULT - ({"dataloader_num_workers"} if recipe.data.streaming else set())  # each has its shards
     if recipe.training.total_batch_size is not None:  # each process takes its share
         same = same | {"per_device_train_batch_size", "gradient_accumulation_steps"}
     if processes is not None:

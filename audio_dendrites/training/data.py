@@ -22,6 +22,7 @@ from audio_dendrites.data.features import (
 )
 from audio_dendrites.data.splits import class_names, drop_bad_clips, encode_labels, is_multi_label, split_by_fold
 from audio_dendrites.data.stats import log_mel_moments, with_statistics
+from audio_dendrites.data.stream import ClipStream, stream_labels
 from audio_dendrites.data.windows import ClipWindows
 from audio_dendrites.models.loading import load_extractor, match_parameters
 from audio_dendrites.recipes import Recipe
@@ -44,6 +45,7 @@ class RunData:
         skipped: The errors of the clips that cannot be read, by split.
         labels: Class names in the order of the logits.
         loss: cross_entropy or bce.
+        stream: The training clips if they are streamed. Then `splits` has no `train`.
     """
 
     recipe: Recipe
@@ -56,6 +58,7 @@ class RunData:
     skipped: dict[str, list[str]]
     labels: list[str]
     loss: str
+    stream: ClipStream | None = None
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -129,7 +132,8 @@ def _with_features(recipes: Sequence[Recipe], sound: datasets.Dataset, index: Da
     for recipe in recipes:
         splits = split_by_fold(index, recipe.data, recipe.training.load_best_model_at_end)
         check_metrics(recipe, multi_label)
-        divided.append((splits, class_names(index, splits, recipe.data), resolve_loss(recipe.training, multi_label)))
+        known = replace(recipe.data, labels=stream_labels(recipe.data)) if recipe.data.streaming else recipe.data
+        divided.append((splits, class_names(index, splits, known), resolve_loss(recipe.training, multi_label)))
     extractors = [extractor] * len(recipes)
     with one_process_first(args, "computing the features"):
         if recipes[0].features.needs_statistics:
@@ -150,6 +154,9 @@ def _with_features(recipes: Sequence[Recipe], sound: datasets.Dataset, index: Da
         cached = caches[str(form.cache_key)]
         errors = cached.select_columns("error").to_pandas()["error"]
         splits, skipped = drop_bad_clips(splits, errors, recipe.data.on_bad_clip)
-        run = RunData(recipe, extractor, sound, index, form, cached, splits, skipped, labels, loss)
+        stream = None
+        if recipe.data.streaming:
+            stream = ClipStream(recipe.data, extractor, labels, multi_label, recipe.training.seed)
+        run = RunData(recipe, extractor, sound, index, form, cached, splits, skipped, labels, loss, stream)
         found[recipe.training.output_dir] = run
     return found

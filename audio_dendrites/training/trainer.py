@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with exact checkpoints, averages of weights, and a learning rate for each layer."""
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -22,8 +23,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrategy, PredictionOutput
 from transformers.utils.hub import PushInProgress, hf_api
 
+from audio_dendrites.data.stream import ClipStream, StreamLoader
 from audio_dendrites.data.windows import ClipWindows
-from audio_dendrites.files import set_default_mode, writing_to
+from audio_dendrites.errors import UserError
+from audio_dendrites.files import set_default_mode, writing_to, written_whole
 from audio_dendrites.models.lora import merged
 from audio_dendrites.publishing import hub
 from audio_dendrites.publishing.card import model_card
@@ -106,6 +109,9 @@ class AudioTrainer(Trainer):
         self.train_sampler, self.loss, self.class_weights = train_sampler, loss, class_weights
         self.teacher = teacher and teacher.to(self.args.device)
         self.averaged_steps: list[int] = []
+        self.stream_loader: StreamLoader | None = None
+        if isinstance(self.train_dataset, ClipStream):
+            self.add_callback(_ShareAsEpoch)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(EvaluationLines)
         self.throughput = Throughput()
@@ -127,6 +133,46 @@ class AudioTrainer(Trainer):
             loss=loss,
             class_weights=None if class_weights is None else torch.tensor(class_weights).float().to(self.args.device),
         )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader of the Trainer, or that of a `ClipStream`, which accelerate must not divide among processes."""
+        if not isinstance(self.train_dataset, ClipStream):
+            return super().get_train_dataloader()
+        args = self.args
+        self.stream_loader = StreamLoader(
+            self.train_dataset, self._train_batch_size, self.data_collator, (args.process_index, args.world_size),
+            num_workers=args.dataloader_num_workers, prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory, multiprocessing_context=args.dataloader_multiprocessing_context,
+        )  # fmt: skip
+        return self.stream_loader
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        found = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if self.stream_loader is None or resume_from_checkpoint is None:
+            return found
+        path = Path(resume_from_checkpoint, self._stream_file)
+        if not path.exists():
+            raise UserError(
+                f"resume_from_checkpoint: {path} is missing. It says how far this process has read the stream, and a "
+                "checkpoint has it for each process that trained with streaming: true"
+            )
+        self.stream_loader.state = json.loads(path.read_text(encoding="utf-8"))
+        return found[0], 0  # the loader skips what was read, and the Trainer need not
+
+    @property
+    def _stream_file(self) -> str:
+        """The file of a checkpoint that says how far this process has read the stream."""
+        return f"stream_{self.args.process_index}_of_{self.args.world_size}.json"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.stream_loader is not None:
+            with written_whole(Path(output_dir, self._stream_file)) as path:
+                path.write_text(json.dumps(self.stream_loader.state), encoding="utf-8")
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
@@ -151,7 +197,8 @@ class AudioTrainer(Trainer):
     def set_initial_training_values(self, args, dataloader):
         values = super().set_initial_training_values(args, dataloader)
         self.steps_per_epoch = values[1]
-        return values
+        # A stream has no end. The whole training is one epoch of the Trainer.
+        return values if self.stream_loader is None else (1, *values[1:])
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if getattr(self.args, "lr_step_decay", None) is None or self.lr_scheduler is not None:
@@ -326,6 +373,13 @@ class AudioTrainer(Trainer):
                 f"({len(load_result.missing_keys)} tensors) and has {load_result.unexpected_keys[:5]} "
                 f"({len(load_result.unexpected_keys)} tensors) that the model does not have"
             )
+
+
+class _ShareAsEpoch(TrainerCallback):
+    """Counts the share of a streamed training as its epoch. The Trainer would begin with 0 after a resumption."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / state.max_steps
 
 
 class _AverageAtEnd(TrainerCallback):
