@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from audio_dendrites.data.clips import shards_of
 from audio_dendrites.data.features import Inputs, decode_batch, one_thread, rounded
-from audio_dendrites.errors import UserError
+from audio_dendrites.errors import UserError, listed
 from audio_dendrites.recipes import DataArguments
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,8 @@ class ClipStream:
         names = [self.names[one] if self.names else str(one) for one in found]
         if strangers := [one for one in names if one not in self.numbers]:
             raise UserError(
-                f"labels: the labels of the train clips must be labels of the recipe ({', '.join(self.numbers)}), got "
-                f"{', '.join(strangers)} for {name}; add them to labels"
+                f"labels: the labels of the train clips must be labels of the recipe ({listed(self.numbers)}), got "
+                f"{listed(strangers)} for {name}; add them to labels"
             )
         if not self.multi_label:
             return self.numbers[names[0]]
