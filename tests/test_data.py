@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 from conftest import ROOT, TONES, leave_macos_files, recording, tone, write_archives
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, List
 from pandas import DataFrame, Series
 from transformers import ASTFeatureExtractor
 
@@ -385,6 +385,19 @@ def test_clips_without_a_label_or_a_path_are_an_error(tmp_path):
     with pytest.raises(UserError, match="train_split must be left out for .*x.csv, which has no splits of its own"):
         splits = {"train_split": "a", "validation_split": "b", "test_split": "c"}
         load_clips(DataArguments(dataset=str(tmp_path / "x.csv"), **splits))
+
+
+@pytest.mark.parametrize("missing", [None, -1])
+def test_lists_are_for_labels_only_and_have_no_missing_class(tmp_path, missing):
+    names = List(ClassLabel(names=["zebra", "ant"]))
+    lists = {"audio": [b"0", b"1"], "fold": [1, 2], "kind": ["a", "b"], "label": [[0], [1, missing]]}
+    Dataset.from_dict(lists).cast_column("label", names).to_parquet(tmp_path / "x.parquet")
+    data = {"dataset": str(tmp_path / "x.parquet")}
+    with pytest.raises(UserError, match="label_column: the lists in 'label' must have no missing .* got 1 .* row 1"):
+        load_clips(DataArguments(**data))
+    for field in ("fold_column", "clip_column", "group_column"):
+        with pytest.raises(UserError, match=f"{field} must hold one value in each row, got lists in 'label'"):
+            load_clips(DataArguments(**data | {"label_column": "kind", field: "label"}))
 
 
 @pytest.fixture

@@ -81,6 +81,8 @@ def load_clips(arguments: DataArguments, more: Sequence[str] = ()) -> tuple[Data
         column = getattr(arguments, field)
         if column is not None and column not in clips.column_names:
             raise _no_column(field, column, clips, arguments)
+        if column is not None and field != "label_column" and _has_lists(clips, column):
+            raise UserError(f"{field} must hold one value in each row, got lists in {column!r} of {arguments.dataset}")
     index = DataFrame({"label": _labels(clips, arguments)})
     clips, paths = _with_sound(clips, arguments)
     index["clip"] = _texts(clips, arguments.clip_column) if arguments.clip_column else paths.to_pandas()
@@ -483,8 +485,12 @@ def _values(clips: Dataset, column: str, field: str | None = None) -> pa.Chunked
     return values
 
 
+def _has_lists(clips: Dataset, column: str) -> bool:
+    return isinstance(clips.features[column], List | LargeList)
+
+
 def _named(values: pa.ChunkedArray, feature: Any) -> pa.ChunkedArray:
-    """The names of class numbers. Other values are returned as they are. A number of -1 is no class."""
+    """The names of class numbers. Other values are returned as they are. -1 stands for a missing class."""
     if not isinstance(feature, ClassLabel):
         return values
     return pc.take(pa.array(feature.names, pa.string()), pc.if_else(pc.less(values, 0), None, values))
@@ -492,12 +498,19 @@ def _named(values: pa.ChunkedArray, feature: Any) -> pa.ChunkedArray:
 
 def _texts(clips: Dataset, column: str, field: str | None = None) -> Series:
     """The values of a column as text or lists of text; see `_values`."""
-    values, feature = _values(clips, column, field), clips.features[column]
-    if not isinstance(feature, List | LargeList):
+    values = _values(clips, column, field)
+    if not _has_lists(clips, column):
         return _as_text(values).to_pandas()
     lists = values.combine_chunks()
-    names = _as_text(_named(pa.chunked_array([pc.list_flatten(lists)]), feature.feature))
-    return lists_of(names.combine_chunks(), pc.list_parent_indices(lists).to_numpy(), len(lists))
+    rows = pc.list_parent_indices(lists).to_numpy()
+    names = _named(pa.chunked_array([pc.list_flatten(lists)]), clips.features[column].feature)
+    missing = np.unique(rows[pc.is_null(names, nan_is_null=True).to_numpy()])
+    if field and len(missing):
+        raise UserError(
+            f"{field}: the lists in {column!r} must have no missing values, got {len(missing)} rows with one, the "
+            f"first is row {missing[0]}"
+        )
+    return lists_of(_as_text(names).combine_chunks(), rows, len(lists))
 
 
 def _as_text(values: pa.ChunkedArray) -> pa.ChunkedArray:
