@@ -107,6 +107,9 @@ def test_tables_and_figures_of_many_classes_stay_small():
     wrong = DataFrame({"label": names, "predicted": names[:1] * 527, "logits": list(np.eye(527))})
     axes = plot_confusion(wrong, names, "title").axes[0]
     assert len(axes.get_yticklabels()) == 60 and "60 classes with the most mistakes" in axes.get_title()
+    right = wrong.assign(predicted=names)[-3:]
+    axes = plot_confusion(right, names, "title").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names[-3:]
     several = wrong.assign(label=[[name] for name in names])
     assert len(plot_average_precision(several, names, "title").axes[0].patches) == 60
 

@@ -54,12 +54,14 @@ def plot_average_precision(predictions: DataFrame, labels: Sequence[str], title:
 def plot_confusion(predictions: DataFrame, labels: Sequence[str], title: str) -> Figure:
     """Confusion matrix in clips, rows the true class, shaded by the share of the row.
 
-    Of more than `MOST` classes, it has those with the most mistakes.
+    Of more than `MOST` classes, it has those with the most mistakes, and then those with the most clips.
     """
     if len(labels) > MOST:
         wrong = predictions[predictions["label"] != predictions["predicted"]]
         mistakes = pandas.concat([wrong["label"], wrong["predicted"]]).value_counts()
-        labels = [label for label in labels if label in mistakes.index[:MOST]]
+        ranked = dict.fromkeys([*mistakes.index, *predictions["label"].value_counts().index])
+        shown = {*list(ranked)[:MOST]}
+        labels = [label for label in labels if label in shown]
         title = f"{title}: the {len(labels)} classes with the most mistakes"
         predictions = predictions[predictions["label"].isin(labels) & predictions["predicted"].isin(labels)]
     size = 2.5 + 0.5 * len(labels)
