@@ -400,6 +400,12 @@ def test_lists_are_for_labels_only_and_have_no_missing_class(tmp_path, missing):
             load_clips(DataArguments(**data | {"label_column": "kind", field: "label"}))
 
 
+def test_a_cache_that_cannot_be_written_is_an_error(tones, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tones / "cache")  # below a file
+    with pytest.raises(UserError, match="HF_DATASETS_CACHE must be a folder that can .*, got .*Not a directory"):
+        load_clips(arguments(tones))
+
+
 @pytest.fixture
 def table(tmp_path):
     """Writes a table of the given rows, and gives what loads it; `filename` is the path of a sound."""

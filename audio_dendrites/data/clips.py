@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -71,8 +72,10 @@ def load_clips(arguments: DataArguments, more: Sequence[str] = ()) -> tuple[Data
         They are Arrow arrays. A clip is not a Python object anywhere.
 
     Raises:
-        UserError: The data set is unknown or unreachable, lacks a column or a file, or has a clip in two rows.
+        UserError: The data set is unknown or unreachable, lacks a column or a file, or has a clip in two rows; or the
+            cache cannot be written.
     """
+    _check_cache()
     template = _path_template(arguments)
     clips, splits = _load(arguments)
     if template:
@@ -108,6 +111,20 @@ def load_clips(arguments: DataArguments, more: Sequence[str] = ()) -> tuple[Data
 def is_local(name: str | None) -> bool:
     """Whether a data set or a model is a file or folder of this machine. Such a path takes precedence over a Hub id."""
     return name not in (None, "synthetic") and Path(name).expanduser().exists()
+
+
+def _check_cache() -> None:
+    """Check that the cache of the datasets library can be written. The library locks a file there for each data set."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"HF_DATASETS_CACHE must be a folder that can be written, got {cache} ({error.strerror}); set it to "
+            f"another folder"
+        ) from error
 
 
 def _load(arguments: DataArguments) -> tuple[Dataset, Series]:
