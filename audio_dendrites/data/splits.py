@@ -229,18 +229,18 @@ def listed_splits(names: Series, arguments: DataArguments) -> ArrowStringArray:
     for number, split in enumerate(SPLITS[1:], 1):
         path = folder / getattr(arguments, f"{split}_list")
         try:
-            listed = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+            lines = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
         except OSError as error:
             raise UserError(
                 f"{split}_list must be a file with the name of a clip in each line, got {path}: {error.strerror}"
             ) from error
-        listed = Series(sorted(listed), dtype="str")
-        if strangers := listed[~listed.isin(names)].tolist():
+        members = Series(sorted(lines), dtype="str")
+        if strangers := members[~members.isin(names)].tolist():
             raise UserError(
                 f"{split}_list: {path} must name clips of {arguments.dataset}, such as {names[0]}, got "
                 f"{len(strangers)} other names, the first is {strangers[0]}"
             )
-        chosen = names.isin(listed).to_numpy()
+        chosen = names.isin(members).to_numpy()
         if twice := sorted(names[chosen & (numbers > 0)]):
             raise UserError(
                 f"{split}_list: {path} must not name clips of validation_list, got {len(twice)} of them, "
