@@ -132,10 +132,15 @@ def test_without_the_test_clips_the_card_says_that_nothing_was_measured(publishe
 
 
 def test_a_model_that_transformers_js_cannot_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="nowhere has no metrics.json, so it is not a finished run"):
+        publish.main([str(tmp_path / "nowhere"), "--web", "--dry_run"])
+    whisper = encoder_checkpoint(tmp_path, "whisper")
+    (whisper / "metrics.json").touch()
     with pytest.raises(UserError, match="can run models of the types audio-spec.*got whisper in"):
-        publish.main([str(encoder_checkpoint(tmp_path, "whisper")), "--web", "--dry_run"])
+        publish.main([str(whisper), "--web", "--dry_run"])
     CNN14ForAudioClassification(CNN14Config(**TINY_CNN14)).save_pretrained(tmp_path / "cnn14")
     ASTFeatureExtractor(sampling_rate=8000, num_mel_bins=64).save_pretrained(tmp_path / "cnn14")
+    (tmp_path / "cnn14" / "metrics.json").touch()
     with pytest.raises(UserError, match="sampling_rate must be 16000, .*got 8000 in .*waveform: true"):
         publish.main([str(tmp_path / "cnn14"), "--web", "--dry_run"])
 

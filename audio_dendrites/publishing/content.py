@@ -46,17 +46,26 @@ class PublishError(UserError):
     """A run was not published. The message says why, and what to do."""
 
 
-def stage_run(run: Path, folder: Path) -> None:
-    """Copy everything of a finished run that may be published, except its card, to an empty folder.
+def check_finished(run: Path) -> None:
+    """Check that a folder is that of a finished run.
 
     Raises:
-        PublishError: If the run is not finished or has no complete model.
+        PublishError: If it is not.
     """
     if not is_finished(run):
         raise PublishError(
             f"{run} has no metrics.json, so it is not a finished run. Run the same train.py command again to finish "
             f"it, or set push_to_hub: true to publish while it trains"
         )
+
+
+def stage_run(run: Path, folder: Path) -> None:
+    """Copy everything of a finished run that may be published, except its card, to an empty folder.
+
+    Raises:
+        PublishError: If the run is not finished or has no complete model.
+    """
+    check_finished(run)
     metrics, recipe, comparison = read_reports(run)
     _link(run, MODEL_FILES + FIGURES + tuple(code_files(run)), folder)
     for name in ("model.safetensors", "config.json", "preprocessor_config.json"):

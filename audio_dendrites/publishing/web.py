@@ -24,7 +24,14 @@ from audio_dendrites.data.windows import window_layout, windows
 from audio_dendrites.errors import UserError
 from audio_dendrites.models.finished import load_finished
 from audio_dendrites.publishing.card import licence_of
-from audio_dendrites.publishing.content import check_staged, read_json, read_reports, staged_files, write_json
+from audio_dendrites.publishing.content import (
+    check_finished,
+    check_staged,
+    read_json,
+    read_reports,
+    staged_files,
+    write_json,
+)
 from audio_dendrites.publishing.formats import example_features, export_run
 from audio_dendrites.publishing.hub import Target, create_repo, explained, push, with_owner
 from audio_dendrites.results.inference import classify_clips
@@ -111,8 +118,10 @@ def write_web(run: Path, name: str, template: Path, source: str) -> Path:
         The folder.
 
     Raises:
-        UserError: transformers.js cannot compute the features of the model, or see `export_run`.
+        UserError: The run is not finished, transformers.js cannot compute the features of the model, or see
+            `export_run`.
     """
+    check_finished(run)
     model, extractor = load_finished(run)
     config = web_config(run, model.config, extractor)
     folder = run / "export" / "web"
