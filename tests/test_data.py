@@ -429,6 +429,14 @@ def test_the_column_of_paths_may_also_name_the_clips_and_the_recordings(table):
         assert index["group"].equals(index["clip"])
 
 
+def test_a_clip_without_a_recording_is_one_of_its_own(table):
+    more = [
+        {"filename": f"{row}.wav", "category": "dog", "fold": 1, "origin": origin} for row, origin in ((6, 3), (7, 3))
+    ]
+    _, index = load_clips(table(*more, group_column="origin"))
+    assert index["group"].tolist() == [f"{row}.wav" for row in range(6)] + ["3.0", "3.0"]
+
+
 @pytest.mark.parametrize(
     ("row", "fields", "message"),
     [

@@ -72,6 +72,7 @@ def test_predictions_and_scores_have_names():
 
 
 def test_tables_align():
+    assert markdown_table([["class"], ["a|b"]]).splitlines()[-1] == r"| a\|b  |"
     assert markdown_table([["class", "clips"], ["air", 10], ["gun_shot", 3]]).splitlines() == [
         "| class    | clips |",
         "| -------- | ----: |",

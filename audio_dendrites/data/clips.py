@@ -89,7 +89,10 @@ def load_clips(arguments: DataArguments, more: Sequence[str] = ()) -> tuple[Data
     index = DataFrame({"label": _labels(clips, arguments)})
     clips, paths = _with_sound(clips, arguments)
     index["clip"] = _texts(clips, arguments.clip_column) if arguments.clip_column else paths.to_pandas()
-    index["group"] = _texts(clips, arguments.group_column) if arguments.group_column else index["clip"]
+    index["group"] = index["clip"]  # also that of a clip without a source recording
+    if arguments.group_column:
+        missing = pc.is_null(_values(clips, arguments.group_column), nan_is_null=True).to_numpy()
+        index["group"] = _texts(clips, arguments.group_column).mask(missing, index["clip"])
     for column in (name for name in more if name in clips.column_names):
         index[column] = _texts(clips, column)
     if arguments.fold_column:

@@ -10,7 +10,9 @@ MOST = 60  # classes in a table or a figure
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     """An aligned Markdown table of rows, the first of which is the header. Floats have four digits."""
-    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    cells = [
+        [f"{cell:.4f}" if isinstance(cell, float) else str(cell).replace("|", r"\|") for cell in row] for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [not isinstance(cell, str) for cell in rows[-1]]
     rule = ["-" * (width - is_right) + ":" * is_right for width, is_right in zip(widths, right, strict=True)]
