@@ -33,6 +33,8 @@ PARSER.add_argument("--dry_run", action="store_true", help="List every file and 
 if __name__ == "__main__":
     PARSER.parse_args()  # here, so that --help does not wait for the imports below
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from audio_dendrites.errors import run_program
 from audio_dendrites.publishing.content import read_comparison, staged_files
 from audio_dendrites.publishing.hub import Target, publish, staged
@@ -97,6 +99,11 @@ def main(arguments: Sequence[str]) -> None:
     options = PARSER.parse_args(arguments)
     if options.repo_id and len(options.runs) > 1:
         PARSER.error(f"--repo_id must be left out with more than one run, got {len(options.runs)} runs")
+    if options.space:
+        try:
+            validate_repo_id(options.space)
+        except HFValidationError:
+            PARSER.error(f"--space must be a Hub id such as me/demo, got {options.space!r}")
     command, targets = shlex.join(["python", "publish.py", *arguments]), []
     for run, repo_id, other in publications(options):
         target = Target(f"{repo_id}{'-web' * options.web}", options.private or None, options.revision)

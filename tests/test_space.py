@@ -66,3 +66,9 @@ def test_a_space_runs_by_itself_with_pinned_models_and_the_scores_of_predict(fin
         predict.main([str(run), str(tmp_path / "tone.wav"), "--output", str(tmp_path / "scores.csv")])
         truth = read_csv(tmp_path / "scores.csv").iloc[0]
         assert all(np.float32(row[column]) == np.float32(truth[row[0]]) for row in table["data"])
+
+
+def test_the_name_of_a_space_is_checked_before_a_model_is_pushed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        publish.main([str(tmp_path), "--space", "a/b/c"])
+    assert "--space must be a Hub id such as me/demo, got 'a/b/c'" in capsys.readouterr().err
