@@ -331,7 +331,7 @@ for name, (folder, task, auto, sample) in json.load(open("cases.json")).items():
     with torch.no_grad():
         answers[name + ".logits"] = model(**inputs).logits.numpy()
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
-    loss = again.train()(**inputs, labels=torch.tensor([0, 1])).loss
+    loss = again(**inputs, labels=torch.tensor([0, 1])).loss  # without LayerDrop, which may leave out a layer
     loss.backward()
     grown = [parameter for name, parameter in again.named_parameters() if name.endswith(".top")]
     assert grown and all(parameter.grad.abs().sum() > 0 for parameter in grown)
