@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,13 @@ ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent  # has 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # torch.save reports a failed write without its cause.
 TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "unexpected pos", "iostream error")
+
+
+def try_writing(folder: Path) -> None:
+    """Create a folder if there is none, and write a temporary file in it. Raises an OSError if that is not possible."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager

@@ -41,8 +41,11 @@ from transformers import (
     set_seed,
 )
 
+import train
+from audio_dendrites.models.loading import load_model
 from audio_dendrites.recipes import Recipe, parse_recipe
 from audio_dendrites.results.scores import score, with_predictions
+from audio_dendrites.training.trainer import AudioTrainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -294,6 +297,19 @@ def recipe_of(values: dict) -> Recipe:
     """The recipe of the command line with these fields; those of a mapping are JSON."""
     words = [[f"--{key}", *(value if isinstance(value, list) else [value])] for key, value in values.items()]
     return parse_recipe([json.dumps(w) if isinstance(w, dict) else str(w) for option in words for w in option])
+
+
+def data_of(run: Recipe) -> train.RunData:
+    return train.load_data([run])[run.training.output_dir]
+
+
+def trained(run: Recipe, checkpoint: Path | None = None) -> AudioTrainer:
+    """The trainer of a run after its training, which may continue from a checkpoint."""
+    data = data_of(run)
+    train.set_seed(run.training.seed)
+    trainer = train.make_trainer(data, load_model(data.labels, run.model, data.extractor))
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return trainer
 
 
 TINY_AST = {

@@ -8,17 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import RECIPE, TINY_CNN14, encoder_checkpoint, recipe_of
+from conftest import RECIPE, TINY_CNN14, data_of, encoder_checkpoint, recipe_of, trained
 from datasets import Dataset
 from safetensors.torch import load_file
 
-import train
 from audio_dendrites.data import cache, features
 from audio_dendrites.data.__main__ import main
 from audio_dendrites.data.clips import load_clips
 from audio_dendrites.data.features import BatchedASTFeatureExtractor, extract_features, parts_of
 from audio_dendrites.errors import UserError
-from audio_dendrites.models.loading import load_extractor, load_model
+from audio_dendrites.models.loading import load_extractor
 from audio_dendrites.recipes import CACHES, write_yaml
 from audio_dendrites.training.checkpoints import check_run_folder
 
@@ -39,16 +38,9 @@ def recipe(dataset: Path, **fields):
     return recipe_of(RECIPE | SIX_STEPS | {"max_length": 50, "dataset": str(dataset)} | fields)
 
 
-def data_of(run) -> train.RunData:
-    return train.load_data([run])[run.training.output_dir]
-
-
 def train_run(run, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
     """The weights at the end of a training."""
-    data = data_of(run)
-    train.set_seed(run.training.seed)
-    trainer = train.make_trainer(data, load_model(data.labels, run.model, data.extractor))
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trained(run, checkpoint)
     return load_file(Path(run.training.output_dir, "checkpoint-6", "model.safetensors"))
 
 

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPE, TONES, recipe_of, tone, wav
+from conftest import RECIPE, TONES, data_of, recipe_of, tone, trained, wav
 from datasets import ClassLabel, Dataset, List
 from safetensors.torch import load_file
 
-import train
 from audio_dendrites.data.stream import StreamLoader
 from audio_dendrites.errors import UserError
-from audio_dendrites.models.loading import load_model
 from audio_dendrites.recipes import write_yaml
 from audio_dendrites.training.checkpoints import check_run_folder
 
@@ -54,16 +52,9 @@ def recipe(dataset: Path, **fields):
     )
 
 
-def data_of(run) -> train.RunData:
-    return train.load_data([run])[run.training.output_dir]
-
-
 def train_run(run, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
     """The weights after six steps."""
-    data = data_of(run)
-    train.set_seed(run.training.seed)
-    trainer = train.make_trainer(data, load_model(data.labels, run.model, data.extractor))
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trainer = trained(run, checkpoint)
     assert trainer.state.global_step == 6 and trainer.state.epoch == 1
     return load_file(Path(run.training.output_dir, "checkpoint-6", "model.safetensors"))
 

@@ -3,7 +3,6 @@
 import glob
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -49,6 +48,7 @@ from audio_dendrites.data.splits import (
 )
 from audio_dendrites.data.synthetic import load_synthetic
 from audio_dendrites.errors import UserError
+from audio_dendrites.files import try_writing
 from audio_dendrites.recipes import DataArguments
 
 FILES = {".parquet": "parquet", ".csv": "csv"}
@@ -120,9 +120,7 @@ def _check_cache() -> None:
     """Check that the cache of the datasets library can be written. The library locks a file there for each data set."""
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):
-            pass
+        try_writing(cache)
     except OSError as error:
         raise UserError(
             f"HF_DATASETS_CACHE must be a folder that can be written, got {cache} ({error.strerror}); set it to "

@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -22,6 +21,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from audio_dendrites.errors import UserError, listed
+from audio_dendrites.files import try_writing
 from audio_dendrites.publishing import hub
 from audio_dendrites.recipes import SIZES, Recipe, parse_recipe
 from audio_dendrites.training.process import one_process_first
@@ -49,9 +49,7 @@ def check_run_folder(recipe: Recipe) -> None:
     """
     folder = Path(recipe.training.output_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try_writing(folder)
     except OSError as error:
         raise UserError(
             f"output_dir: {folder} cannot be written ({error.strerror}); choose another --output_dir"
